@@ -1,0 +1,122 @@
+"""Model directories: which families are supported, loading, saving, fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from greencode.errors import UserError
+from greencode.files import read_json, sha256
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+FAMILIES = ("llama", "opt", "qwen2", "qwen3", "mistral")
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """`config.json` of a model directory, if its family is supported.
+
+    Raises:
+        UserError: no directory, no configuration, or a family without an adapter.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a model directory; check models.*.path in the configuration.")
+    config = read_json(directory / "config.json")
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(
+            f"{directory} holds a model of family {family!r}, which is not supported; "
+            f"supported are {', '.join(FAMILIES)}."
+        )
+    return config
+
+
+def check_weights(directory: str | Path) -> list[Path]:
+    """The safetensors files of a model directory, each complete.
+
+    A safetensors file states its own length; a truncated one is found without reading the tensors.
+
+    Raises:
+        UserError: no safetensors, or a file shorter or longer than its header says.
+    """
+    directory = Path(directory)
+    files = sorted(directory.glob("*.safetensors"))
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        named = {directory / name for name in read_json(index)["weight_map"].values()}
+        missing = sorted(path.name for path in named if not path.exists())
+        if missing:
+            raise UserError(f"{directory} lacks {missing[0]}, which its index names; fetch it again.")
+        files = sorted(named)
+    if not files:
+        raise UserError(f"{directory} holds no *.safetensors; convert the weights (pickles are not read).")
+    for path in files:
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            head = int.from_bytes(stream.read(8), "little")
+            try:
+                header = json.loads(stream.read(head)) if 8 + head <= size else None
+            except ValueError:
+                header = None
+        ends = [t["data_offsets"][1] for name, t in (header or {}).items() if name != "__metadata__"]
+        if header is None or 8 + head + max(ends, default=0) != size:
+            raise UserError(f"{path} is truncated or not a safetensors file; fetch it again.")
+    return files
+
+
+def fingerprint(directory: str | Path) -> str:
+    """Sixteen hex digits over the weights: what an agent is bound to."""
+    digest = hashlib.sha256()
+    for path in check_weights(directory):
+        digest.update(sha256(path).encode())
+    return digest.hexdigest()[:16]
+
+
+def layer_count(config: dict[str, Any]) -> int:
+    """N, the number of decoder layers."""
+    return int(config["num_hidden_layers"])
+
+
+def load(
+    directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """Load a causal LM for inference from a local directory; float32 on the CPU unless asked otherwise.
+
+    Raises:
+        UserError: unsupported family, missing or truncated weights, weights that do not fit.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    read_config(directory)
+    check_weights(directory)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("device is 'cuda' but no CUDA device is available; set device: cpu.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            local_files_only=True,
+            dtype=dtype or torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{directory} cannot be loaded ({str(error).splitlines()[0]}).") from None
+    return model.to(device).eval()
+
+
+def save(model: PreTrainedModel, directory: str | Path) -> None:
+    """Write config and safetensors."""
+    model.save_pretrained(str(directory), safe_serialization=True)
+
+
+def pick_device(device: str) -> str:
+    """`auto` -> cuda where there is one, else cpu; anything else unchanged."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
