@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from greencode.episodes import Episodes, EpisodeSource, read_safetensors
+from greencode.episodes import Episodes, EpisodeSource, read_safetensors, write_safetensors
 from greencode.errors import UserError
 from greencode.files import atomic
 from greencode.results import versions
@@ -186,7 +185,7 @@ class ExitPolicy:
         state = np.asarray(observation, np.float32)
         if state.shape[-1:] != (self.hidden_size,):
             raise UserError(
-                f"The agent expects hidden states of size {self.hidden_size}, not {state.shape[-1:]}; "
+                f"The agent expects hidden states of size {self.hidden_size}, not shape {state.shape}; "
                 "use an agent trained on this model."
             )
         if state.ndim == 1:
@@ -220,9 +219,7 @@ class ExitPolicy:
         tensors = {}
         for index, (weight, bias) in enumerate(self.layers):
             tensors |= {f"layers.{index}.weight": weight, f"layers.{index}.bias": bias}
-        with atomic(path) as temporary:
-            # One metadata entry: safetensors writes several in no fixed order.
-            save_file(tensors, temporary, metadata={"greencode": json.dumps(head, sort_keys=True)})
+        write_safetensors(path, head, tensors)
 
     @classmethod
     def load(
@@ -527,6 +524,10 @@ def _check_episodes(episodes: EpisodeSource, validation: Episodes) -> None:
         raise UserError(
             "The train and validation trajectories are of different models or exit points; record both "
             "with the same model."
+        )
+    if not episodes.shape[1]:
+        raise UserError(
+            "The model has no exit point before its final layer, so there is nothing to learn; add some."
         )
 
 

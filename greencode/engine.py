@@ -411,9 +411,7 @@ class Engine:
         return done
 
     @torch.inference_mode()
-    def trace(
-        self, contexts: Sequence[Sequence[int]], new_tokens: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def trace(self, contexts: Sequence[Sequence[int]], new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Greedy full-depth completions of several contexts at once, seen from every exit point.
 
         Returns:
@@ -468,9 +466,7 @@ class _BatchCache:
         return keys, values
 
 
-def _padded_mask(
-    columns: torch.Tensor, total: int, pads: torch.Tensor, window: int | None
-) -> torch.Tensor:
+def _padded_mask(columns: torch.Tensor, total: int, pads: torch.Tensor, window: int | None) -> torch.Tensor:
     """Boolean mask [B, 1, len(columns), total]: causal, blind to left padding, within the window.
 
     A padding row sees itself, so that no row of the softmax is empty.

@@ -159,10 +159,7 @@ class Episodes:
             "files": self.files.astype(np.int64),
             "contexts": self.contexts.astype(np.int64),
         }
-        tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        with atomic(path) as temporary:
-            # One metadata entry: safetensors writes several in no fixed order.
-            save_file(tensors, temporary, metadata={"greencode": json.dumps(head, sort_keys=True)})
+        write_safetensors(path, head, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Episodes:
@@ -183,6 +180,16 @@ class Episodes:
             raise UserError(
                 f"{path} is not a trajectory file ({error}); delete it and record the trajectories again."
             ) from None
+
+
+def write_safetensors(path: str | Path, head: dict, tensors: dict[str, np.ndarray]) -> None:
+    """Write arrays and a header for `read_safetensors`, whole or not at all, the same bytes every time."""
+    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    with atomic(path) as temporary:
+        # One metadata entry: safetensors writes several in no fixed order.
+        save_file(tensors, temporary, metadata={"greencode": json.dumps(head, sort_keys=True)})
+        # safetensors puts a file of its own in place, readable by its owner only.
+        temporary.chmod(0o644)
 
 
 def read_safetensors(

@@ -124,9 +124,7 @@ class Family:
         """Logits [.., V] of an observation [.., H]: projection (where the family has one) and LM head."""
         return self.lm_head(observation)
 
-    def propagate(
-        self, layer: int, hidden: torch.Tensor, cache: Cache, rotary: Rotary | None
-    ) -> None:
+    def propagate(self, layer: int, hidden: torch.Tensor, cache: Cache, rotary: Rotary | None) -> None:
         """Fill a skipped layer's keys and values from an exit's hidden state (CALM), nothing else."""
         block = self.layers[layer]
         attention = block.self_attn

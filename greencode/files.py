@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -28,10 +29,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
-    os.chmod(name, 0o644)
     temporary = Path(name)
     try:
         yield temporary
+        temporary.chmod(0o644)  # mkstemp's 0600 would hide results from others
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -44,8 +45,6 @@ def open_text(path: str | Path, mode: str = "r") -> IO[str]:
         # No time stamp and no name in the header: same content, same bytes.
         raw = gzip.GzipFile(filename="", mode="wb", fileobj=open(path, "wb"), mtime=0)  # noqa: SIM115
         raw.myfileobj = raw.fileobj  # closed with the stream
-        import io
-
         return io.TextIOWrapper(raw, encoding="utf-8", newline="\n")
     opener = _OPENERS.get(path.suffix, open)
     return opener(path, mode if "t" in mode else mode + "t", encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from greencode import models
+from greencode.corpus import Record
 from greencode.exits import lite_weights
 from greencode.families import adapt
 from greencode.files import write_json
+from greencode.tokenise import encode, pack
 
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")
 
@@ -37,29 +39,43 @@ class Blocks(Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def exit_losses(
-    model, ids: torch.Tensor, points: Sequence[int], recompute: bool = False
-) -> torch.Tensor:
-    """Mean next-token cross-entropy [len(points)] of each exit on ids [B, P].
+def _exit_readers(model, ids: torch.Tensor, points: Sequence[int]) -> list[Callable[[], torch.Tensor]]:
+    """For each exit, a function that gives its logits [B, P - 1, V]; nothing is kept unless called.
 
-    Each exit's hidden state goes through the final norm (and OPT's projection) and the one LM head;
-    the final layer's is already normed by the model and is not normed twice. `recompute` frees each
-    exit's logits after the forward pass and computes them again in the backward pass: with ten exits and
-    a vocabulary of 128,000 they would not fit into memory together.
+    Each exit's hidden state goes through the final norm (and OPT's projection) and the one LM head; the
+    final layer's is already normed by the model and is not normed twice.
     """
     family = adapt(getattr(model, "module", model))
     states = model(
         input_ids=ids, output_hidden_states=list(points), logits_to_keep=1, use_cache=False
     ).hidden_states
+
+    def reader(depth: int) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            state = states[depth][:, :-1]
+            if depth == family.depth:
+                return family.lm_head(state).float()
+            return family.logits(family.observe(state)).float()
+
+        return read
+
+    return [reader(depth) for depth in points]
+
+
+def exit_losses(model, ids: torch.Tensor, points: Sequence[int], recompute: bool = False) -> torch.Tensor:
+    """Mean next-token cross-entropy [len(points)] of each exit on ids [B, P], in nats.
+
+    `recompute` frees each exit's logits after the forward pass and computes them again in the backward
+    pass: with ten exits and a vocabulary of 128,000 they would not fit into memory together.
+    """
     target = ids[:, 1:].reshape(-1)
 
-    def loss_at(depth: int) -> torch.Tensor:
-        state = states[depth][:, :-1]
-        logits = family.lm_head(state) if depth == family.depth else family.logits(family.observe(state))
-        return functional.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), target)
+    def loss_of(read: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return functional.cross_entropy(read().flatten(0, 1), target)
 
+    readers = _exit_readers(model, ids, points)
     return torch.stack(
-        [checkpoint(loss_at, p, use_reentrant=False) if recompute else loss_at(p) for p in points]
+        [checkpoint(loss_of, read, use_reentrant=False) if recompute else loss_of(read) for read in readers]
     )
 
 
@@ -84,7 +100,31 @@ class MultiExitTrainer(Trainer):
             self.exit_batches += 1
         weights = self.weights.to(losses)
         loss = (weights * losses).sum() / weights.sum()
-        return (loss, {"losses": losses}) if return_outputs else loss
+        return (loss, losses) if return_outputs else loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Loss and next-token accuracy of each exit on the validation blocks: `eval_exit_4`,
+        `eval_accuracy_4`, ..., and their weighted mean `eval_loss`; logged as the Trainer does."""
+        model = self.model.eval()
+        losses, hits, blocks = 0.0, 0.0, 0
+        for batch in self.get_eval_dataloader(eval_dataset):
+            ids = batch["input_ids"].to(self.args.device)
+            with torch.inference_mode(), self.compute_loss_context_manager():
+                logits = torch.stack(
+                    [read().flatten(0, 1) for read in _exit_readers(model, ids, self.points)]
+                )
+            target = ids[:, 1:].reshape(-1)
+            nats = torch.stack([functional.cross_entropy(exit_logits, target) for exit_logits in logits])
+            losses += nats.cpu() * len(ids)
+            hits += (logits.argmax(-1) == target).float().mean(-1).cpu() * len(ids)
+            blocks += len(ids)
+        losses, hits = losses / blocks, hits / blocks
+        report = {f"{metric_key_prefix}_loss": float((self.weights * losses).sum() / self.weights.sum())}
+        for point, loss, hit in zip(self.points, losses.tolist(), hits.tolist(), strict=True):
+            report[f"{metric_key_prefix}_exit_{point}"] = loss
+            report[f"{metric_key_prefix}_accuracy_{point}"] = hit
+        self.log(dict(report))
+        return report
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs and self.exit_batches:
@@ -95,11 +135,26 @@ class MultiExitTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+def training_blocks(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], settings: dict[str, Any], most: int
+) -> np.ndarray:
+    """Packed blocks [n, sequence_length] of a split's files in seeded order; at most `most`, if not 0."""
+    order = np.random.default_rng(settings["seed"]).permutation(len(records))
+    length = settings["sequence_length"]
+    files, tokens = [], 0
+    for ids in encode(tokenizer, (records[index].code for index in order), batch=32):
+        files.append(ids)
+        tokens += len(ids)
+        if most and tokens >= most * length:
+            break
+    blocks = pack(files, length)
+    return blocks[:most] if most else blocks
+
+
 def finetune(
     base: str | Path,
     train: np.ndarray,
     validation: np.ndarray,
-    points: Sequence[int],
     settings: dict[str, Any],
     seed: int,
     device: str,
@@ -112,8 +167,7 @@ def finetune(
     Args:
         base: model directory, tokenizer included.
         train, validation: packed blocks [n, block] of token ids.
-        points: exit points, ending at N.
-        settings: the configuration's `finetune` block.
+        settings: the configuration's `finetune` block, with `exit_points` ending at N.
         checkpoints: folder for intermediate states, keyed by the caller; an interrupted run goes on
             from the last one there.
         out: gets config, safetensors, tokenizer and `loss_curve.json`: training and validation loss per
@@ -122,7 +176,8 @@ def finetune(
     torch.set_num_threads(threads)
     on_gpu = device.startswith("cuda")
     model = models.load(base, dtype=torch.float32)
-    weights = lite_weights(tuple(points), tuple(settings["budgets"]), settings["decay"])
+    points = tuple(settings["exit_points"])
+    weights = lite_weights(points, tuple(settings["budgets"]), settings["decay"])
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=settings["epochs"],
@@ -152,16 +207,15 @@ def finetune(
         args=arguments,
         train_dataset=Blocks(train),
         eval_dataset=Blocks(validation),
-        compute_metrics=_mean_losses,
         points=points,
         weights=weights,
         recompute=settings["gradient_checkpointing"],
     )
     checkpoints = Path(checkpoints)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    before = _evaluate(trainer)
+    before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=last)
-    after = _evaluate(trainer)
+    after = trainer.evaluate()
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -179,10 +233,10 @@ def finetune(
             "weights": list(weights),
             "tokens_seen": min(steps * per_step, int(train.size * settings["epochs"])),
             "steps": steps,
-            "validation_before": before,
-            "validation_after": after,
+            "validation_before": {key.removeprefix("eval_"): value for key, value in before.items()},
+            "validation_after": {key.removeprefix("eval_"): value for key, value in after.items()},
             "curve": [
-                {k: v for k, v in entry.items() if k in ("step", "loss", "learning_rate") or "exit_" in k}
+                {k: v for k, v in entry.items() if k not in ("epoch", "grad_norm")}
                 for entry in trainer.state.log_history
                 if "loss" in entry or "eval_loss" in entry
             ],

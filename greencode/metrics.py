@@ -18,6 +18,7 @@ What each metric reads:
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -274,8 +275,9 @@ def _codebleu(predictions: Sequence[str], references: Sequence[str], language: s
     here 0 is 0. Where the references have no data flow at all, its part is undefined and left out of the
     results, and the other three share its weight.
 
-    The package also numbers variables in the order of a set of strings, so its data flow changes with
-    PYTHONHASHSEED; here the order is that of first appearance (see `_Name`), the same in every run.
+    The package also numbers variables in the order of a set of strings, so that its data flow changes with
+    PYTHONHASHSEED. Here names hash alike in every run (see `_Name`): one of the package's possible values,
+    always the same one.
     """
     from codebleu.utils import get_tree_sitter_language
     from tree_sitter import Parser
@@ -359,9 +361,8 @@ def _dataflow_counts(prediction: str, reference: str, language: str, parser: Any
     from codebleu.dataflow_match import dfg_function, get_data_flow, normalize_dataflow
 
     def extract(root: Any, index_to_code: dict, states: dict) -> Any:
-        names: dict[str, _Name] = {}
         for index, (position, name) in index_to_code.items():
-            index_to_code[index] = position, names.setdefault(name, _Name(name, len(names)))
+            index_to_code[index] = position, _Name(name)
         return dfg_function[language](root, index_to_code, states)
 
     ours, theirs = (
@@ -377,21 +378,12 @@ def _dataflow_counts(prediction: str, reference: str, language: str, parser: Any
 
 
 class _Name(str):
-    """A variable's name that hashes by order of appearance.
+    """A variable's name whose hash is the same in every run, as that of `str` is not."""
 
-    The package keeps names in sets and numbers variables in the sets' order. Python's string hash changes
-    from run to run; this one does not, and it is the same after a renaming.
-    """
-
-    __slots__ = ("order",)
-
-    def __new__(cls, name: str, order: int) -> _Name:
-        self = super().__new__(cls, name)
-        self.order = order
-        return self
+    __slots__ = ()
 
     def __hash__(self) -> int:
-        return self.order
+        return zlib.crc32(self.encode())
 
 
 def _uncommented(text: str, language: str) -> str:

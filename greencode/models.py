@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from greencode.errors import UserError
-from greencode.files import read_json, sha256
+from greencode.files import atomic, read_json, sha256, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -120,3 +123,71 @@ def pick_device(device: str) -> str:
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def fetch(source: dict[str, Any], directory: str | Path) -> None:
+    """Bring a base model into `directory` and write `info.json`, what Table II and later rules need.
+
+    Args:
+        source: a `models` entry of the configuration: `path` (local, copied) or `hub` and `revision`
+            (downloaded into the hub's cache, then copied), `layers` to check against.
+
+    Raises:
+        UserError: not a usable model, another number of layers, or no access to the hub.
+    """
+    directory = Path(directory)
+    origin = Path(source["path"]) if "path" in source else _download(source["hub"], source["revision"])
+    config = read_config(origin)
+    if layer_count(config) != source["layers"]:
+        raise UserError(f"{origin} has {layer_count(config)} layers, not {source['layers']} as configured.")
+    weights = check_weights(origin)
+    directory.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in weights} | {
+        path.name
+        for path in origin.iterdir()
+        if path.is_file() and path.suffix in (".json", ".model", ".txt", ".md") and path.name != "info.json"
+    }
+    for name in sorted(names):
+        with atomic(directory / name) as temporary:
+            shutil.copyfile(origin / name, temporary)
+    write_json(
+        directory / "info.json",
+        {
+            "source": {key: source[key] for key in ("path", "hub", "revision") if key in source},
+            "family": config["model_type"],
+            "layers": source["layers"],
+            "hidden": config["hidden_size"],
+            "exit_points": source["exit_points"],
+            "parameters": _parameters(weights),
+            "fingerprint": fingerprint(directory),
+            "files": {name: sha256(directory / name) for name in sorted(names)},
+        },
+    )
+
+
+def _parameters(files: list[Path]) -> int:
+    """Number of stored weights; tied ones are stored once."""
+    total = 0
+    for path in files:
+        with open(path, "rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        total += sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+    return total
+
+
+def _download(name: str, revision: str) -> Path:
+    """A snapshot of a hub model in the local cache (HF_HOME)."""
+    os.environ["HF_HUB_OFFLINE"] = "0"
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.md"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise UserError(
+            f"{name} is gated: accept its licence on the hub and log in with `hf auth login`."
+        ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{name} cannot be fetched from the hub ({reason}).") from None

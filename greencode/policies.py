@@ -11,18 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from greencode.agent import ExitPolicy, check_threshold
 from greencode.errors import UserError
 
 if TYPE_CHECKING:
-    from greencode.agent import ExitPolicy
     from greencode.engine import ExitView
-
-
-def check_threshold(threshold: float) -> float:
-    """`threshold`, if it lies in [0, 1]."""
-    if not 0 <= threshold <= 1:
-        raise UserError(f"Threshold {threshold} is outside [0, 1]; a token leaves if P(exit) > T.")
-    return threshold
 
 
 @dataclass(frozen=True)
@@ -42,9 +35,7 @@ class AgentExit:
     comes back to the host.
     """
 
-    def __init__(
-        self, agent: ExitPolicy, threshold: float, temperature: float = 1.0, device: str = "cpu"
-    ):
+    def __init__(self, agent: ExitPolicy, threshold: float, temperature: float = 1.0, device: str = "cpu"):
         self.agent = agent
         self.threshold = check_threshold(threshold)
         if temperature <= 0:

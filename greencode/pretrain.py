@@ -18,8 +18,10 @@ import numpy as np
 
 from greencode import models
 from greencode.corpus import read_corpus
+from greencode.energy import Meter
 from greencode.errors import UserError
 from greencode.files import read_json, write_json
+from greencode.results import device_name
 from greencode.tokenise import encode, load_tokenizer, pack, text_of, train_tokenizer
 
 LANGUAGES = ("java", "python")
@@ -103,11 +105,13 @@ def train_model(
     checkpoints: str | Path,
     out: str | Path,
     threads: int,
+    cpu_watts: float | None = None,
 ) -> None:
     """Train one model over `blocks` on the Hugging Face Trainer and write a model directory.
 
     Interrupted, it resumes from the last checkpoint under `checkpoints`. Writes bf16 safetensors,
-    the tokenizer's files and `training.json` (tokens seen, loss curve, tokens per second).
+    the tokenizer's files and `training.json` (tokens seen, loss curve, tokens per second, hardware,
+    energy since it was last resumed).
     """
     import torch
     from transformers import Trainer, TrainingArguments
@@ -146,7 +150,10 @@ def train_model(
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=Blocks(data))
     last = get_last_checkpoint(str(checkpoints)) if Path(checkpoints).is_dir() else None
-    outcome = trainer.train(resume_from_checkpoint=last)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    meter = Meter.open(device, cpu_watts)
+    with meter.window() as window:
+        outcome = trainer.train(resume_from_checkpoint=last)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     models.save(model.to(torch.bfloat16), out)
@@ -167,14 +174,19 @@ def train_model(
             "tokens_seen": tokens,
             "tokens_per_second": round(tokens / outcome.metrics["train_runtime"], 1),
             "loss_curve": curve,
+            "hardware": f"{device_name(device)}, {threads} threads",
+            "joules": window.energy.joules,
+            "energy_note": meter.note,
+            "resumed": last is not None,
         },
     )
 
 
-def evaluate_model(
-    directory: str | Path, corpus: str, files_per_language: int, context: int, seed: int, threads: int
-) -> dict[str, dict[str, float]]:
-    """Validation quality by language: next-token accuracy, cross-entropy, bits per source byte.
+def validate_model(
+    directory: str | Path, corpus: str, files_per_language: int, seed: int, threads: int
+) -> None:
+    """Add validation quality by language to `training.json`: next-token accuracy, cross-entropy, bits
+    per source byte.
 
     Each validation file counts from its start up to `context` tokens; the first token of a file is
     given, not predicted. Bytes are those of the predicted tokens' text.
@@ -184,6 +196,8 @@ def evaluate_model(
     torch.set_num_threads(threads)
     model = models.load(directory)
     tokenizer = load_tokenizer(directory)
+    training = read_json(Path(directory) / "training.json")
+    context = training["training"]["context"]
     report: dict[str, dict[str, float]] = {}
     for language in LANGUAGES:
         records = list(read_corpus(corpus, language, "validation"))
@@ -206,7 +220,14 @@ def evaluate_model(
             "bytes": length,
             "files": min(files_per_language, len(records)),
         }
-    return report
+    write_json(Path(directory) / "training.json", training | {"validation": report})
+
+
+def _energy(training: dict[str, Any]) -> str:
+    if training["joules"] is None:
+        return training["energy_note"]
+    since = " since the run was last resumed" if training["resumed"] else ""
+    return f"{training['joules'] / 3600:.1f} Wh{since}. {training['energy_note']}"
 
 
 def model_card(directory: str | Path, name: str, corpus: str) -> str:
@@ -237,8 +258,9 @@ joined by blanks, and nothing else; it is not meant for use outside this study.
 
 ## Training
 {training["tokens_seen"]:,} tokens of Java and Python in equal parts at {training["tokens_per_second"]:,}
-tokens per second on {training["hardware"]}; final training loss {training["loss_curve"][-1]["loss"]:.3f}.
-Energy: {training["energy"]}. Settings and loss curve: `training.json`.
+tokens per second on {training["hardware"]}; final training loss
+{float(training["loss_curve"][-1]["loss"]):.3f}. Energy: {_energy(training)} Settings and loss curve:
+`training.json`.
 
 ## Validation (held-out files)
 | language | next-token accuracy | cross-entropy (nats) | bits per byte | evaluated on |

@@ -57,6 +57,20 @@ def versions() -> dict[str, str]:
     return found
 
 
+def device_name(device: str) -> str:
+    """A device with the name of its hardware, as far as the system tells: `cpu (Intel ...)`."""
+    if device.startswith("cuda"):
+        import torch
+
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            names = [line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")]
+        return f"{device} ({names[0]})"
+    except (OSError, IndexError):
+        return f"{device} ({platform.processor() or platform.machine()})"
+
+
 @dataclass(frozen=True)
 class Provenance:
     """How a result was made: enough to judge it, and to make it again."""

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -68,8 +69,7 @@ def make_policy(seed=0, **changes):
     sizes = [HIDDEN, 8, 6, 2]
     fields = {
         "layers": [
-            (rng.normal(size=(after, before)), rng.normal(size=after))
-            for before, after in zip(sizes[:-1], sizes[1:], strict=True)
+            (rng.normal(size=(after, before)), rng.normal(size=after)) for before, after in pairwise(sizes)
         ],
         "exit_points": POINTS,
         "observation": "final_norm",
@@ -377,6 +377,14 @@ def test_trajectories_that_cannot_be_learnt_from(episodes, validation):
         train(episodes, make(count=3, fingerprint="xyz"), REWARD, settings)
     with pytest.raises(UserError, match="different models"):
         train(episodes, make(count=3, observation="raw"), REWARD, settings)
+    bare = replace(
+        episodes,
+        observations=episodes.observations[:, :, :0],
+        tokens=episodes.tokens[..., -1:],
+        exit_points=(16,),
+    )
+    with pytest.raises(UserError, match="no exit point before its final layer"):
+        train(bare, bare, REWARD, settings)
     broken = make(count=3)
     broken.observations[1, 0, 0, 0] = np.nan
     with pytest.raises(UserError, match="validation trajectories contain numbers that are not finite"):

@@ -37,6 +37,7 @@ def test_saved_and_loaded_episodes_are_equal(tmp_path):
         np.testing.assert_array_equal(before, after)
     assert (loaded.exit_points, loaded.observation, loaded.fingerprint) == (POINTS, "final_norm", "abc")
     assert [file.name for file in path.parent.iterdir()] == ["train.safetensors"]
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_view_in_another_order_is_saved_as_it_reads(tmp_path):

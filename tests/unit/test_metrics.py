@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,36 +99,31 @@ def test_resampled_sums_equal_scoring_the_resampled_corpus():
         assert statistic.combine(sums)[0] == pytest.approx(again[name].value), name
 
 
-# A variable fed by several others in a loop is where the package depends on the hash seed.
+# Variables fed by several others in a loop, and the same with other names: here the package's data flow
+# depends on the hash seed (14/17 with seed 1 and 16/17 with seed 4, in Python 3.11).
 TANGLED = "for ( int i = 0 ; i < n ; i ++ ) { a = b + c + d ; b = a + c + e ; c = d + e + f ; }"
+RENAMED = "for ( int i = 0 ; i < n ; i ++ ) { u = v + w + x ; v = u + w + y ; w = x + y + z ; }"
+SEEDED = """
+from greencode.metrics import quality
+found = quality([{!r}], [{!r}], "java", metrics=["codebleu_dataflow"], resamples=1)
+print(found["codebleu_dataflow"].value)
+"""
 
 
 def test_data_flow_does_not_depend_on_the_hash_seed():
-    script = (
-        "from greencode.metrics import quality\n"
-        f"q = quality([{TANGLED.replace('b + c', 'c + b')!r}], [{TANGLED!r}], 'java',"
-        " metrics=['codebleu_dataflow'], resamples=1)\n"
-        "print(q['codebleu_dataflow'].value)"
-    )
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", script],
+            [sys.executable, "-c", SEEDED.format(RENAMED, TANGLED)],
+            cwd=Path(__file__).parents[2],
             env=os.environ | {"PYTHONHASHSEED": seed},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for seed in ("1", "2", "3")
+        for seed in ("1", "4")
     ]
-    values = [run.communicate()[0].strip() for run in runs]
-    assert len(set(values)) == 1
-    assert 0 <= float(values[0]) <= 1
-
-
-def test_data_flow_survives_a_renaming():
-    renamed = TANGLED
-    for old, new in zip("abcdef", ("zeta", "eta", "theta", "iota", "kappa", "mu"), strict=True):
-        renamed = " ".join(new if token == old else token for token in renamed.split())
-    assert value("codebleu_dataflow", renamed, TANGLED) == 1
+    values = {float(run.communicate()[0]) for run in runs}
+    assert len(values) == 1
+    assert 0 < values.pop() <= 1
 
 
 def test_no_warning_of_missing_data_flow(caplog):

@@ -1,0 +1,38 @@
+# `make figures` and `make test` do all the set-up they need. Everything runs inside .venv.
+PYTHON ?= python3
+CORES ?= all
+BIN := .venv/bin
+
+.PHONY: figures test setup report lint format dry-run clean help
+
+figures: setup ## run the default study to every figure and table
+	$(BIN)/snakemake --cores $(CORES) figures
+
+test: setup ## run the tests (no network, no GPU)
+	$(BIN)/python -m pytest
+
+setup: ## install what is needed into .venv
+	@$(PYTHON) envs/setup.py
+
+report: figures ## one HTML page with every figure and table
+	$(BIN)/snakemake --report report.html
+
+lint: setup ## style and workflow checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/snakemake --lint
+
+format: setup ## put code and rules into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile workflow
+
+dry-run: setup ## what would run, and why
+	$(BIN)/snakemake --cores $(CORES) --dry-run figures
+
+clean: ## delete results and logs, keep .venv
+	rm -rf results logs benchmarks/*.tsv .snakemake
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'

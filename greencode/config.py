@@ -1,0 +1,184 @@
+"""The study's configuration: validated once, completed with defaults, canonical, before any job starts."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from greencode.errors import UserError
+from greencode.exits import check_exit_points, exit_points
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with every default filled in, numbers in one form, keys sorted.
+
+    An explicit default and an implicit one give the same result, and so the same jobs.
+
+    Raises:
+        UserError: naming the first faulty key and what is wrong with it.
+    """
+    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    faults = sorted(
+        jsonschema.Draft202012Validator(schema).iter_errors(config), key=lambda e: list(map(str, e.path))
+    )
+    if faults:
+        raise UserError(_sentence(faults[0]))
+    return _fill(config, schema)
+
+
+def _sentence(fault: jsonschema.ValidationError) -> str:
+    """One sentence for a schema violation."""
+    where = ".".join(map(str, fault.path)) or "the top level"
+    if fault.validator == "additionalProperties":
+        known = ", ".join(sorted(fault.schema.get("properties", {})))
+        unknown = sorted(set(fault.instance) - set(fault.schema.get("properties", {})))[0]
+        return f"Configuration: unknown key {unknown!r} in {where}; known keys are {known}."
+    if fault.validator == "required":
+        return f"Configuration: {where}: {fault.message}."
+    allowed = fault.schema.get("description")
+    return f"Configuration: {where}: {fault.message}" + (f" ({allowed})" if allowed else "") + "."
+
+
+def _fill(value: Any, schema: dict[str, Any]) -> Any:
+    kind = schema.get("type")
+    if isinstance(value, dict):
+        properties = schema.get("properties", {})
+        other = schema.get("additionalProperties")
+        names = set(value) | {name for name, part in properties.items() if "default" in part}
+        filled = {}
+        for name in sorted(names):
+            part = properties.get(name, other if isinstance(other, dict) else {})
+            filled[name] = _fill(value.get(name, part.get("default")), part)
+        return filled
+    if isinstance(value, list):
+        return [_fill(item, schema.get("items", {})) for item in value]
+    if kind == "number" and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def check(config: dict[str, Any], root: str | Path = ".") -> None:
+    """Faults that a schema cannot see, found before any long work: exits, splits, files, models.
+
+    Args:
+        config: completed by `complete`.
+        root: relative paths start here.
+
+    Raises:
+        UserError: one sentence on the first fault.
+    """
+    root = Path(root)
+    if abs(sum(config["data"]["fractions"]) - 1) > 1e-6:
+        raise UserError(f"Configuration: data.fractions {config['data']['fractions']} must sum to 1.")
+    if config["trajectories"]["low"] > config["trajectories"]["high"]:
+        raise UserError("Configuration: trajectories.low is above trajectories.high.")
+    for name, dataset in config["datasets"].items():
+        _check_source(name, dataset["source"], root)
+    for name, model in config["models"].items():
+        points_of(model)
+        _check_model(name, model, root)
+    for name in config["agents"]:
+        for dataset in config["agents"][name]["datasets"]:
+            if dataset not in config["datasets"]:
+                raise UserError(
+                    f"Configuration: agents.{name}.datasets names {dataset!r}, which is not a dataset."
+                )
+        for dataset in config["datasets"]:
+            reward = reward_of(config, name, dataset)
+            if reward["alpha"] > reward["beta"]:
+                warnings.warn(
+                    f"agents.{name}: alpha {reward['alpha']:g} is above beta {reward['beta']:g} on "
+                    f"{dataset}; the paper has alpha <= beta.",
+                    stacklevel=2,
+                )
+    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))["properties"]["finetune"]
+    for dataset, block in config["finetune"]["datasets"].items():
+        if dataset not in config["datasets"]:
+            raise UserError(f"Configuration: finetune.datasets names {dataset!r}, which is not a dataset.")
+        for fault in jsonschema.Draft202012Validator(schema).iter_errors(block):
+            raise UserError(_sentence(fault))
+
+
+def _check_source(name: str, source: dict[str, Any], root: Path) -> None:
+    where = f"Configuration: datasets.{name}.source"
+    if source["kind"] == "hub":
+        if "name" not in source:
+            raise UserError(f"{where} of kind hub needs name, a dataset id or folder.")
+        return
+    path = source.get("path")
+    if path is None:
+        raise UserError(f"{where} of kind {source['kind']} needs path.")
+    if path not in ("python-stdlib", "jdk") and not (root / path).exists():
+        raise UserError(f"{where}.path: {path} does not exist.")
+
+
+def _check_model(name: str, model: dict[str, Any], root: Path) -> None:
+    from greencode.models import check_weights, layer_count, read_config
+
+    if ("path" in model) == ("hub" in model):
+        raise UserError(f"Configuration: models.{name} needs either path or hub.")
+    if "path" in model:
+        found = layer_count(read_config(root / model["path"]))
+        if found != model["layers"]:
+            raise UserError(
+                f"Configuration: models.{name}.layers is {model['layers']}, but {model['path']} has {found}."
+            )
+        check_weights(root / model["path"])
+
+
+def points_of(model: dict[str, Any]) -> tuple[int, ...]:
+    """Exit points of a model's configuration block."""
+    if model["exit_points"]:
+        return check_exit_points(model["exit_points"], model["layers"])
+    return exit_points(model["layers"])
+
+
+def reward_of(config: dict[str, Any], agent: str, dataset: str) -> dict[str, float]:
+    """Reward coefficients of an agent on a dataset."""
+    block = config["agents"][agent]
+    return block["reward"] | block["datasets"].get(dataset, {})
+
+
+def agent_of(config: dict[str, Any], agent: str, dataset: str) -> dict[str, Any]:
+    """All that the training of an agent on a dataset depends on."""
+    block = {k: v for k, v in config["agents"][agent].items() if k not in ("reward", "datasets")}
+    return block | {"reward": reward_of(config, agent, dataset)}
+
+
+def finetune_of(config: dict[str, Any], dataset: str) -> dict[str, Any]:
+    """Fine-tuning settings on a dataset."""
+    block = {k: v for k, v in config["finetune"].items() if k != "datasets"}
+    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))["properties"]["finetune"]
+    merged = _fill(block | config["finetune"]["datasets"].get(dataset, {}), schema)
+    return {k: v for k, v in merged.items() if k != "datasets"}
+
+
+def code_of(script: str | Path) -> str:
+    """Hash of a script and of every `greencode` module that it imports, directly or not.
+
+    Snakemake sees only the script; with this among a rule's params an edit of a module re-runs the rules
+    that use it, and no others.
+    """
+    seen: dict[str, str] = {}
+    todo = [Path(script)]
+    while todo:
+        path = todo.pop()
+        if path.name in seen or not path.exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        seen[path.name] = hashlib.sha256(text.encode()).hexdigest()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("greencode"):
+                inner = node.module.removeprefix("greencode").lstrip(".")
+                names = [inner] if inner else [alias.name for alias in node.names]
+                todo += [ROOT / "greencode" / f"{name}.py" for name in names]
+    return hashlib.sha256(repr(sorted(seen.items())).encode()).hexdigest()[:16]

@@ -1,0 +1,168 @@
+"""Measured completions of the test split by one method (paper, section VI-C), and the agent's overhead."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from greencode.energy import Meter
+from greencode.engine import Completion as Decoded
+from greencode.engine import Engine, Policy
+from greencode.errors import UserError
+from greencode.progress import progress
+from greencode.results import Completion, Generation, Provenance, device_name
+from greencode.tokenise import Sample, cut
+
+
+def choose_samples(
+    files: Sequence[Sequence[int]], ids: Sequence[int], settings: dict[str, Any], seed: int
+) -> list[Sample]:
+    """`settings["samples"]` test files, chosen by seed among those that are long enough.
+
+    Raises:
+        UserError: fewer files are long enough than samples are asked for.
+    """
+    cuts = (
+        cut(
+            file_id, tokens, settings["context"], settings["max_context"], settings["new_tokens"],
+            settings["min_context"],
+        )
+        for file_id, tokens in zip(ids, files, strict=True)
+    )  # fmt: skip
+    usable = [sample for sample in cuts if sample is not None]
+    wanted = settings["samples"]
+    if len(usable) < wanted:
+        raise UserError(
+            f"Only {len(usable)} of {len(files)} test files are long enough for a context of "
+            f"{settings['min_context']} tokens at {settings['context']:.0%} of the file, and {wanted} "
+            "samples are asked for; lower generate.samples or use more files."
+        )
+    order = np.random.default_rng(seed).permutation(len(usable))[:wanted]
+    return [usable[index] for index in sorted(order)]
+
+
+def run(
+    engine: Engine,
+    samples: Sequence[Sample],
+    policy: Policy | None,
+    settings: dict[str, Any],
+    meter: Meter,
+    kv: str,
+    about: dict[str, Any],
+    provenance: Provenance,
+) -> Generation:
+    """Complete every sample greedily, one at a time, inside one window of the meter.
+
+    The first `settings["warmup"]` samples run once before anything is timed.
+
+    Args:
+        about: `model`, `dataset`, `language`, `method` of the `Generation`.
+    """
+    new_tokens = settings["new_tokens"]
+
+    def complete(sample: Sample) -> Decoded:
+        return engine.complete(sample.context, new_tokens, policy, kv=kv)
+
+    for sample in samples[: settings["warmup"]]:
+        complete(sample)
+    meter.measure_idle(settings["idle_seconds"])
+    timed = []
+    with meter.window() as window:
+        for sample in progress(samples, about["method"]):
+            wall, cpu = time.perf_counter(), time.process_time()
+            done = complete(sample)
+            timed.append((done, time.perf_counter() - wall, time.process_time() - cpu))
+    joules = meter.share(window.energy, [seconds for _, seconds, _ in timed])
+    decode = engine.tokenizer.decode
+    return Generation(
+        layers=engine.family.depth,
+        exit_points=list(engine.exit_points),
+        energy_source=meter.source,
+        energy_note=meter.note,
+        provenance=provenance,
+        completions=[
+            Completion(
+                id=sample.id,
+                context_tokens=len(sample.context),
+                tokens=done.tokens,
+                reference=sample.reference,
+                text=done.text,
+                reference_text=decode(sample.reference),
+                depths=done.depths,
+                seconds=seconds,
+                cpu_seconds=cpu_seconds,
+                joules=share,
+                layer_positions=done.usage.layer_positions,
+                checks=done.usage.checks,
+            )
+            for sample, (done, seconds, cpu_seconds), share in zip(samples, timed, joules, strict=True)
+        ],
+        **about,
+    )
+
+
+def measure_overhead(
+    engine: Engine,
+    samples: Sequence[Sample],
+    never_leaving: Policy,
+    new_tokens: int,
+    repeats: int,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Cost of one check of the agent, by difference (Table IV; findings on its measurement in docs/).
+
+    Each sample is completed at full depth with and without the agent asked at every exit point, in turn
+    and in changing order. CPU time of the process; for each sample the median over repeats; then the mean
+    difference over samples, per check, with a 95 % bootstrap interval.
+    """
+
+    def seconds(policy: Policy | None) -> Callable[[Sample], tuple[float, int]]:
+        def timed(sample: Sample) -> tuple[float, int]:
+            start = time.process_time()
+            done = engine.complete(sample.context, new_tokens, policy)
+            return time.process_time() - start, done.usage.checks
+
+        return timed
+
+    plain, checking = seconds(None), seconds(never_leaving)
+    full, asked, checks = [], [], 0
+    for sample in progress(samples, "overhead"):
+        pairs = []
+        for repeat in range(repeats + 1):
+            if repeat % 2:
+                (b, checks), (a, _) = checking(sample), plain(sample)
+            else:
+                (a, _), (b, checks) = plain(sample), checking(sample)
+            pairs.append((a, b))
+        full.append(statistics.median(a for a, _ in pairs[1:]))  # the first warms up
+        asked.append(statistics.median(b for _, b in pairs[1:]))
+    per_check = (np.array(asked) - np.array(full)) / checks
+    rng = np.random.default_rng(seed)
+    means = per_check[rng.integers(len(per_check), size=(resamples, len(per_check)))].mean(axis=1)
+    return {
+        "full_cpu_seconds": float(np.mean(full)),
+        "checking_cpu_seconds": float(np.mean(asked)),
+        "checks": checks,
+        "seconds_per_check": float(per_check.mean()),
+        "seconds_per_check_low": float(np.quantile(means, 0.025)),
+        "seconds_per_check_high": float(np.quantile(means, 0.975)),
+        "repeats": repeats,
+        "samples": len(samples),
+    }
+
+
+def provenance_of(engine: Engine, settings: dict[str, Any], kv: str, seed: int, threads: int) -> Provenance:
+    """Provenance of a run of this engine that begins now."""
+    return Provenance.now(
+        settings,
+        device=device_name(str(engine.family.device)),
+        dtype=str(engine.family.dtype).removeprefix("torch."),
+        kv=kv,
+        threads=threads,
+        seed=seed,
+    )

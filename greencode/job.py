@@ -1,0 +1,43 @@
+"""Running a workflow script: its log, and errors that a user can read."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from greencode.errors import UserError
+
+
+def run(main: Callable[[Any], None], snakemake: Any) -> None:
+    """Run `main(snakemake)` with its output in the rule's log.
+
+    An error that the user can mend ends the job with one sentence, in the log and on the terminal; any
+    other error leaves its traceback in the log.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logging.captureWarnings(True)
+    with (
+        open(snakemake.log[0], "w", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        try:
+            main(snakemake)
+            return
+        except UserError as error:
+            sentence = str(error)
+        except OSError as error:
+            traceback.print_exc(file=log)
+            sentence = f"{error.strerror or error}: {error.filename or 'while writing results'}."
+        except Exception as error:
+            traceback.print_exc(file=log)
+            sentence = f"{type(error).__name__}: {error} (traceback in {snakemake.log[0]})"
+        log.write(f"{sentence}\n")
+    print(f"{snakemake.rule}: {sentence}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,156 @@
+import sys
+import warnings
+from pathlib import Path
+
+from greencode import config as study
+from greencode.errors import UserError
+from snakemake.exceptions import WorkflowError
+
+REPOSITORY = Path(workflow.basedir)
+
+
+def checked(config):
+    """The completed configuration; a fault in it is one sentence, and no job starts."""
+    try:
+        completed = study.complete(dict(config))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            study.check(completed)
+        for warning in {str(warning.message) for warning in caught}:
+            print(f"Warning: {warning}", file=sys.stderr)
+        return completed
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+
+
+STUDY = checked(config)
+MODELS = list(STUDY["models"])
+DATASETS = list(STUDY["datasets"])
+AGENTS = list(STUDY["agents"])
+THRESHOLDS = [f"{threshold:g}" for threshold in STUDY["thresholds"]]
+EXITS = {name: study.points_of(model) for name, model in STUDY["models"].items()}
+
+
+def any_of(names):
+    return "|".join(map(re.escape, names)) or "none"
+
+
+wildcard_constraints:
+    model=any_of(MODELS),
+    dataset=any_of(DATASETS),
+    agent=any_of(AGENTS),
+    depth=r"\d+",
+    threshold=r"[0-9.e-]+",
+    method=r"[A-Za-z][A-Za-z0-9]*(-T?[0-9.e-]+)?",
+
+
+def code(script):
+    """What a rule's script does, as a param: see greencode.config.code_of."""
+    return study.code_of(REPOSITORY / "workflow" / "scripts" / f"{script}.py")
+
+
+# One dict per stage: Snakemake compares the values of params without their names.
+def dataset_block(wildcards):
+    dataset = STUDY["datasets"][wildcards.dataset]
+    return {"seed": STUDY["seed"], **STUDY["data"], **dataset}
+
+
+def model_block(wildcards):
+    model = STUDY["models"][wildcards.model]
+    return model | {"exit_points": list(EXITS[wildcards.model])}
+
+
+def finetune_block(wildcards):
+    return {
+        "seed": STUDY["seed"],
+        "device": STUDY["device"],
+        "exit_points": list(EXITS[wildcards.model]),
+        **study.finetune_of(STUDY, wildcards.dataset),
+    }
+
+
+def trajectories_block(wildcards):
+    return {
+        "seed": STUDY["seed"],
+        "device": STUDY["device"],
+        "exit_points": list(EXITS[wildcards.model]),
+        **STUDY["trajectories"],
+    }
+
+
+def agent_block(wildcards):
+    agent = study.agent_of(STUDY, wildcards.agent, wildcards.dataset)
+    return {"seed": STUDY["seed"], **agent}
+
+
+def generate_block(wildcards):
+    return {
+        "seed": STUDY["seed"],
+        "device": STUDY["device"],
+        "exit_points": list(EXITS[wildcards.model]),
+        "language": STUDY["datasets"][wildcards.dataset]["language"],
+        **STUDY["generate"],
+    }
+
+
+def overhead_block(wildcards):
+    return generate_block(wildcards) | {"overhead": STUDY["overhead"]}
+
+
+def gpus(wildcards):
+    """One GPU where the study runs on one; unknown (auto) counts as one."""
+    return 0 if STUDY["device"] == "cpu" else 1
+
+
+def methods_of(model):
+    """Every method that is generated for a model, baselines first."""
+    fixed = [f"fixed-{depth}" for depth in EXITS[model][:-1]]
+    agents = [f"{agent}-T{threshold}" for agent in AGENTS for threshold in THRESHOLDS]
+    return ["base", "full", *fixed, *agents]
+
+
+def evaluations_of(models, datasets):
+    return [
+        f"results/evaluation/{model}/{dataset}/{method}.json"
+        for model in models
+        for dataset in datasets
+        for method in methods_of(model)
+    ]
+
+
+def pair_evaluations(wildcards):
+    return evaluations_of([wildcards.model], [wildcards.dataset])
+
+
+# Figures 8-11 of the paper are one per pair; a study with more pairs goes on counting.
+PAIRS = [(model, dataset) for dataset in DATASETS for model in MODELS]
+PAIR_FIGURES = {
+    f"fig{number:02d}_{model}_{dataset}": (model, dataset)
+    for number, (model, dataset) in enumerate(PAIRS, start=8)
+}
+STEMS = [
+    "fig01_fixed_exit",
+    "fig03_exit_weights",
+    "fig04_loss_curves",
+    "fig06_agent_reward",
+    "fig07_optimal_exits",
+    *PAIR_FIGURES,
+    "published_vs_measured",
+]
+FORMATS = ["pdf", "png", "csv"]
+FIGURES = expand("results/figures/{stem}.{format}", stem=STEMS, format=FORMATS)
+TABLES = expand(
+    "results/tables/{name}.csv",
+    name=[
+        "table1_datasets",
+        "table2_models",
+        "table3_ppo",
+        "table4_overhead",
+        "summary",
+        "all_results",
+    ],
+)
+PRETRAIN = STUDY.get("pretrain", {})
+PRETRAINED = expand(
+    "results/pretrain/{shape}/README.md", shape=PRETRAIN.get("models", {})
+)

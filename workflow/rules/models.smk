@@ -1,0 +1,19 @@
+rule fetch_base_model:
+    output:
+        info="results/models/{model}/base/info.json",
+    log:
+        "logs/fetch_base_model/{model}.log",
+    benchmark:
+        "benchmarks/fetch_base_model/{model}.tsv"
+    priority: 100
+    retries: 2
+    localrule: True
+    conda:
+        "../../envs/data.yaml"
+    params:
+        model=model_block,
+        code=code("fetch_base_model"),
+    message:
+        "Fetching and checking base model {wildcards.model}"
+    script:
+        "../scripts/fetch_base_model.py"

@@ -1,0 +1,67 @@
+rule train_tokenizer:
+    output:
+        "results/pretrain/tokenizer/tokenizer.json",
+    log:
+        "logs/train_tokenizer.log",
+    conda:
+        "../../envs/torch.yaml"
+    params:
+        pretrain={
+            key: PRETRAIN.get(key)
+            for key in ["corpus", "vocabulary", "tokenizer_files", "context"]
+        },
+        code=code("train_tokenizer"),
+    message:
+        "Training the tokenizer of the small base models"
+    script:
+        "../scripts/train_tokenizer.py"
+
+
+rule pack_corpus:
+    input:
+        tokenizer="results/pretrain/tokenizer/tokenizer.json",
+    output:
+        "results/pretrain/train.npy",
+    log:
+        "logs/pack_corpus.log",
+    conda:
+        "../../envs/torch.yaml"
+    params:
+        pretrain={key: PRETRAIN.get(key) for key in ["corpus", "tokens", "context"]},
+        code=code("pack_corpus"),
+    message:
+        "Packing the training corpus"
+    script:
+        "../scripts/pack_corpus.py"
+
+
+rule pretrain_model:
+    input:
+        tokenizer="results/pretrain/tokenizer/tokenizer.json",
+        blocks="results/pretrain/train.npy",
+    output:
+        card="results/pretrain/{shape}/README.md",
+        weights="results/pretrain/{shape}/model.safetensors",
+    log:
+        "logs/pretrain_model/{shape}.log",
+    benchmark:
+        "benchmarks/pretrain_model/{shape}.tsv"
+    wildcard_constraints:
+        shape=any_of(PRETRAIN.get("models", {})),
+    conda:
+        "../../envs/torch.yaml"
+    threads: STUDY["threads"]
+    resources:
+        gpu=gpus,
+        mem_mb=8000,
+        runtime=1440,
+    params:
+        shape=lambda wildcards: PRETRAIN["models"][wildcards.shape],
+        pretrain={key: value for key, value in PRETRAIN.items() if key != "models"},
+        watts=STUDY["generate"]["cpu_watts"],
+        seed=STUDY["seed"],
+        code=code("pretrain_model"),
+    message:
+        "Training base model {wildcards.shape} from scratch"
+    script:
+        "../scripts/pretrain_model.py"

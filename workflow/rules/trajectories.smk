@@ -1,0 +1,26 @@
+rule record_trajectories:
+    input:
+        weights="results/models/{model}/{dataset}/model.safetensors",
+        train="results/data/{dataset}/train.jsonl.gz",
+        validation="results/data/{dataset}/validation.jsonl.gz",
+    output:
+        train="results/trajectories/{model}/{dataset}/train.safetensors",
+        validation="results/trajectories/{model}/{dataset}/validation.safetensors",
+    log:
+        "logs/record_trajectories/{model}/{dataset}.log",
+    benchmark:
+        "benchmarks/record_trajectories/{model}/{dataset}.tsv"
+    conda:
+        "../../envs/torch.yaml"
+    threads: STUDY["threads"]
+    resources:
+        gpu=gpus,
+        mem_mb=4000,
+        runtime=240,
+    params:
+        trajectories=trajectories_block,
+        code=code("record_trajectories"),
+    message:
+        "Recording what every exit of {wildcards.model} answers on {wildcards.dataset}"
+    script:
+        "../scripts/record_trajectories.py"

@@ -1,0 +1,29 @@
+"""Weighted multi-exit fine-tuning of one model on one dataset."""
+
+import shutil
+from pathlib import Path
+
+from greencode import job
+from greencode.corpus import read_split
+from greencode.finetune import finetune, training_blocks
+from greencode.models import pick_device
+from greencode.results import config_hash
+from greencode.tokenise import load_tokenizer
+
+
+def main(smk):
+    block = smk.params.finetune
+    base, out = Path(smk.input.base).parent, Path(smk.output.weights).parent
+    tokenizer = load_tokenizer(base)
+    train = training_blocks(tokenizer, read_split(smk.input.train), block, block["max_blocks"])
+    validation = training_blocks(
+        tokenizer, read_split(smk.input.validation), block, block["validation_blocks"]
+    )
+    checkpoints = out / "checkpoints" / config_hash([block, smk.params.code])
+    device = pick_device(block["device"])
+    finetune(base, train, validation, block, block["seed"], device, smk.threads, checkpoints, out)
+    shutil.rmtree(out / "checkpoints")
+
+
+if __name__ == "__main__":
+    job.run(main, snakemake)  # noqa: F821

@@ -1,0 +1,25 @@
+"""Source code -> CodeXGLUE tokens, split by file, with a manifest."""
+
+from pathlib import Path
+
+from greencode import job
+from greencode.corpus import SPLITS, prepare
+
+
+def main(smk):
+    block = smk.params.dataset
+    prepare(
+        block["source"],
+        block["language"],
+        block["variant"],
+        block["seed"],
+        dict(zip(SPLITS, block["fractions"], strict=True)),
+        {split: limit or None for split, limit in block["max_files"].items()},
+        block["min_tokens"],
+        out_dir=Path(smk.output.manifest).parent,
+        cache_dir="resources/downloads",
+    )
+
+
+if __name__ == "__main__":
+    job.run(main, snakemake)  # noqa: F821
