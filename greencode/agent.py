@@ -349,8 +349,8 @@ class Trained:
         """The learning curve as JSON values; `optimal_exits` is keyed by depth, 1..N."""
         counts = zip(self.policy.exit_points, self.optimal_counts, strict=True)
         return {
-            "steps": self.curve_steps.tolist(),
-            "mean_step_reward": [round(reward, 4) for reward in self.curve_rewards.tolist()],
+            "episode_steps": self.curve_steps.tolist(),
+            "episode_reward": [round(reward, 4) for reward in self.curve_rewards.tolist()],
             "optimal_exits": {str(depth): int(count) for depth, count in counts},
             "seconds": self.seconds,
             "steps_per_second": self.steps_per_second,

@@ -189,9 +189,12 @@ class _Request:
         count = hidden.shape[1]
         positions = self.positions[:, start : start + count]
         rotary = _slice(self.rotary, start, count)
+        masks: dict[int | None, torch.Tensor | None] = {}
         for layer in range(first, last):
-            mask = _causal_mask(start, count, self.family.sliding_window(layer), hidden.device)
-            hidden = self.family.run(layer, hidden, positions, mask, self.cache, rotary)
+            window = self.family.sliding_window(layer)
+            if window not in masks:
+                masks[window] = _causal_mask(start, count, window, hidden.device)
+            hidden = self.family.run(layer, hidden, positions, masks[window], self.cache, rotary)
         self.usage.layer_calls += last - first
         self.usage.layer_positions += (last - first) * count
         return hidden
@@ -421,6 +424,7 @@ class Engine:
             full-depth completion (contexts are padded on the left and masked).
         """
         family, device = self.family, self.family.device
+        contexts = [self._fit(context, new_tokens, "refuse") for context in contexts]
         longest = max(len(context) for context in contexts)
         pads = torch.tensor([longest - len(context) for context in contexts], device=device)
         ids = torch.tensor(

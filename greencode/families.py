@@ -197,10 +197,19 @@ _ADAPTERS: dict[str, type[Family]] = {
 
 
 def adapt(model: PreTrainedModel) -> Family:
-    """The adapter of a model's family; a family without one is a `UserError` that lists the supported."""
+    """The adapter of a model's family.
+
+    Raises:
+        UserError: a family without an adapter (the message lists those with one), or attention that is
+            not sdpa.
+    """
     family = model.config.model_type
     if family not in _ADAPTERS:
         raise UserError(
             f"Models of family {family!r} are not supported; supported are {', '.join(_ADAPTERS)}."
         )
+    attention = model.config._attn_implementation
+    if attention != "sdpa":
+        # Masks are left out where sdpa is causal by itself; others would attend to the future, silently.
+        raise UserError(f"The model's attention is {attention!r}; load it with attn_implementation='sdpa'.")
     return _ADAPTERS[family](model)

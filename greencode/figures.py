@@ -12,6 +12,7 @@ some of it), font_size (pt) and formats (some of pdf, png, svg); each may be lef
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from greencode.errors import UserError
@@ -93,7 +95,7 @@ def fig01_fixed_exit(evaluations: Sequence[Evaluation], style: Style, stem: str 
         axes = figure.subplots(3, len(columns), sharex="col", sharey="row", squeeze=False)
         rows: list[dict[str, Any]] = []
         for column, (pair, series) in zip(axes.T, columns.items(), strict=True):
-            column[0].set_title(_title(pair))
+            column[0].set_title(_title(pair, "\n"))
             for axis, metrics in zip(
                 column, (("rougeL", "codebleu"), ("joules",), ("seconds",)), strict=True
             ):
@@ -112,14 +114,14 @@ def fig01_fixed_exit(evaluations: Sequence[Evaluation], style: Style, stem: str 
                     _band(axis, points, colour, marker, _QUALITY.get(metric, ""))
                     if not points:
                         _not_measured(axis, _QUALITY.get(metric))
-            column[0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            column[0].xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 4, 8, 10]))
             column[0].set_xlim(0, max(series) * 1.04)
         for row in axes:
             row[0].set_ylim(bottom=0)
         axes[0, 0].set_ylabel("Quality\n[0..1]")
         axes[1, 0].set_ylabel(_energy_label(shown, "\n[J per completion]"))
         axes[2, 0].set_ylabel("Latency\n[s per completion]")
-        axes[0, -1].legend(loc="lower right")
+        axes[0, 0].legend(loc="upper left")
         figure.supxlabel("Exit depth [layers run]", fontsize=look.size)
         _save(figure, pd.DataFrame(rows), stem, look)
     return figure
@@ -235,7 +237,11 @@ def fig04_loss_curves(curves: Mapping[Pair, Mapping[str, Any]], style: Style, st
                 axis.yaxis.set_major_formatter("{x:g}")
                 axis.yaxis.set_minor_locator(NullLocator())
                 axis.yaxis.set_minor_formatter(NullFormatter())
-            ends = {f"exit {name[5:]}": list(series[name].values())[-1] for name in exits if series[name]}
+            ends = {
+                f"exit {name[5:]}": float(np.mean(list(series[name].values())[-9:]))
+                for name in exits
+                if series[name]
+            }
             _end_labels(axis, ends, look, [line.get_color() for line in axis.lines])
             axis.set_title(_title(pair))
             rows += [
@@ -290,11 +296,12 @@ def _end_labels(axis: Axes, ends: Mapping[str, float], look: _Look, colours: Seq
     order = np.argsort(heights)
     placed = np.array(heights)
     for _ in range(200):  # push neighbours apart until none overlap
-        for below, above in zip(order, order[1:], strict=False):
+        for below, above in itertools.pairwise(order):
             lack = gap - (placed[above] - placed[below])
             if lack > 1e-6:
                 placed[below] -= lack / 2
                 placed[above] += lack / 2
+    placed += max(0.0, -placed.min())
     for name, height, colour in zip(ends, placed, colours, strict=False):
         axis.text(
             1.02, height, name, transform=axis.transAxes, va="center", fontsize=look.size - 1.5,
@@ -320,7 +327,7 @@ def fig06_agent_reward(
         datasets = dict.fromkeys(record["dataset"] for record in learning)
         figure, axes = _panels(datasets, 2.4, "train at least one agent", share="y")
         models = list(dict.fromkeys(record["model"] for record in learning))
-        agents = list(dict.fromkeys(record["agent"] for record in learning))
+        look.agents = sorted({record["agent"] for record in learning})
         rows: list[dict[str, Any]] = []
         for record in learning:
             axis = axes[list(datasets).index(record["dataset"])]
@@ -336,11 +343,11 @@ def fig06_agent_reward(
             # More points than a printed line can show only make the files large.
             every = -(-len(mean) // 2000)
             mean, episodes = mean[::-1][::every][::-1], episodes[::-1][::every][::-1]
-            label = record["model"] if len(agents) == 1 else f"{record['model']}, {record['agent']}"
+            label = record["model"] if len(look.agents) == 1 else f"{record['model']}, {record['agent']}"
             axis.plot(
                 episodes, mean, label=label, linewidth=1.1,
-                color=_SERIES[models.index(record["model"]) % len(_SERIES)],
-                linestyle=("-", "--", ":", "-.")[agents.index(record["agent"]) % 4],
+                color=look.series_colour(record["model"], record["agent"], models),
+                linestyle=("-", "--", ":", "-.")[look.agents.index(record["agent"]) % 4],
             )  # fmt: skip
             rows += [
                 {"model": record["model"], "dataset": record["dataset"], "agent": record["agent"]}
@@ -429,25 +436,32 @@ def pair_figures(evaluations: Sequence[Evaluation], style: Style, stem: str | Pa
         metrics = {
             key: label for key, label in _QUALITY.items() if any(key in e.quality for e in bars.values())
         }
-        figure = Figure(figsize=(PAGE, 5.2 + 0.17 * len(bars)), layout="constrained")
-        figure.get_layout_engine().set(hspace=0.04, wspace=0.03)
-        grid = figure.add_gridspec(3, 12, height_ratios=[1.75, 0.55 + 0.17 * len(bars), 1.9])
-        rows = _quality_bars(figure.add_subplot(grid[0, :]), bars, metrics, looks)
-        first = None
-        for place, metric in enumerate(("joules", "seconds", "tokens_per_second", "layers")):
-            axis = figure.add_subplot(grid[1, 3 * place : 3 * place + 3], sharey=first)
+        heights = [2.2, 0.85 + 0.17 * len(bars), 2.2]
+        figure = Figure(figsize=(PAGE, sum(heights) + 0.2), layout="constrained")
+        figure.suptitle(f"{_title(pair)} ({full.samples} completions)", fontsize=look.size + 1)
+        top, middle, bottom = figure.subfigures(3, 1, height_ratios=heights)
+        note = "no KV cache" if full.provenance.kv == "none" else "with KV cache"
+        change = f"(b) Resources, and change against full depth ({note})"
+        for part, title in ((middle, change), (bottom, "(c) Quality against cost")):
+            part.suptitle(title, x=0.01, ha="left", fontsize=look.size)
+        rows = _quality_bars(top.subplots(), bars, metrics, looks)
+        resources = ("joules", "seconds", "tokens_per_second", "layers")
+        for axis, metric in zip(middle.subplots(1, 4, sharey=True), resources, strict=True):
             rows += _resource_bars(axis, metric, bars, full, looks, look)
-            axis.tick_params("y", length=0, labelleft=first is None)
-            first = first or axis
-        scatters = [("layers", "rougeL"), ("layers", "codebleu"), ("seconds", "rougeL")]
-        for place, (cost, metric) in enumerate(scatters):
-            axis = figure.add_subplot(grid[2, 4 * place : 4 * place + 4])
+        against = (("layers", "rougeL"), ("layers", "codebleu"), ("seconds", "rougeL"))
+        for axis, (cost, metric) in zip(bottom.subplots(1, 3), against, strict=True):
             rows += _scatter(axis, cost, metric, methods, looks, look)
-        figure.suptitle(_title(pair, ", ") + f" ({full.samples} completions)", fontsize=look.size + 1)
-        handles = [looks[name].patch() for name in bars]
-        handles += [looks[name].line("fixed exits") for name in methods if name not in bars][:1]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)))
-        _save(figure, pd.DataFrame(rows), stem, look)
+        patches = [looks[name].patch() for name in bars]
+        widest = max(len(patch.get_label()) for patch in patches)
+        columns = int(PAGE * 72 / (look.size * (0.55 * widest + 3.2)))
+        top.legend(handles=patches, loc="outside upper center", ncols=max(1, columns))
+        kinds = {_series(parse_method(name), look): looks[name] for name in methods}
+        lines = [
+            one.line(kind, "white" if kind == "fixed exits" else one.colour) for kind, one in kinds.items()
+        ]
+        bottom.legend(handles=lines, loc="outside lower center", ncols=len(lines))
+        about = {"model": pair[0], "dataset": pair[1]}
+        _save(figure, pd.DataFrame([about | row for row in rows]), stem, look)
     return figure
 
 
@@ -472,7 +486,8 @@ def _quality_bars(
     axis.set_xlim(-0.5, len(metrics) - 0.5)
     axis.tick_params("x", length=0)
     axis.set_ylabel("Quality [0..1]")
-    axis.set_title("(a) Quality", loc="left")
+    # Not as title of the subfigure, which would lie over the legend.
+    axis.set_title("(a) Quality", loc="left", x=-0.05)
     return rows
 
 
@@ -517,17 +532,16 @@ def _resource_bars(
     if known:
         axis.set_xlim(0, limit)
         axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.xaxis.set_major_formatter("{x:g}")
     else:
         _not_measured(axis)
-        axis.set_xticks([])
+        axis.set_xticks([0], [" "])  # keeps the label level with the others
     axis.set_yticks(range(len(methods)), [looks[name].label for name in methods])
     axis.set_ylim(len(methods) - 0.45, -0.55)
+    axis.tick_params("y", length=0)
     axis.grid(False, axis="y")
     label = _energy_label(methods.values(), "\n[J per completion]")
     axis.set_xlabel(label if metric == "joules" else _RESOURCES[metric])
-    if metric == "joules":
-        note = "no KV cache" if full.provenance.kv == "none" else "with KV cache"
-        axis.set_title(f"(b) Resources, and change against full depth ({note})", loc="left")
     return rows
 
 
@@ -540,7 +554,7 @@ def _scatter(
     look: _Look,
 ) -> list[dict[str, Any]]:
     rows = []
-    series: dict[str, list[tuple[float, float]]] = {}
+    series: dict[str | None, list[tuple[float, float]]] = {}
     for name, evaluation in methods.items():
         across, up = evaluation.cost.get(cost), evaluation.quality.get(metric)
         if across is None or up is None:
@@ -549,20 +563,20 @@ def _scatter(
         faint = kind.kind == "fixed"
         _cross(axis, across, up, _darker(looks[name].colour))
         axis.plot(
-            across.value, up.value, marker=looks[name].marker, linestyle="none", markersize=4 if faint else 5,
+            across.value, up.value, marker=looks[name].marker, linestyle="none",
+            markersize=7 if looks[name].marker == "*" else 4 if faint else 5,
             markerfacecolor="white" if faint else looks[name].colour, markeredgewidth=0.7,
             markeredgecolor=_darker(looks[name].colour), zorder=3,
         )  # fmt: skip
-        if kind.kind in ("fixed", "agent", "full"):
-            for key in [kind.agent or kind.kind] if kind.kind != "full" else ["fixed"]:
-                series.setdefault(key, []).append((across.value, up.value))
+        if kind.kind != "base":  # full depth is the deepest fixed exit
+            series.setdefault(kind.agent, []).append((across.value, up.value))
         rows.append(
             {"panel": "c", "method": name, "metric": metric, "against": cost}
             | {"x": across.value, "x_low": across.low, "x_high": across.high}
             | _interval_row(up)
         )
     for key, points in series.items():
-        colour = look.colours["fixed"] if key == "fixed" else look.agent_colour(key)
+        colour = look.agent_colour(key) if key else look.colours["fixed"]
         axis.plot(*zip(*sorted(points), strict=True), color=colour, linewidth=0.8, zorder=1, alpha=0.8)
     if not rows:
         _not_measured(axis, _QUALITY[metric])
@@ -572,9 +586,8 @@ def _scatter(
     axis.set_ylabel(f"{_QUALITY[metric]} [0..1]")
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
-    axis.xaxis.set_major_locator(MaxNLocator(5, integer=cost == "layers"))
-    if (cost, metric) == ("layers", "rougeL"):
-        axis.set_title("(c) Quality against cost", loc="left")
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=cost == "layers", steps=[1, 2, 4, 5, 8, 10]))
+    axis.xaxis.set_major_formatter("{x:g}")
     return rows
 
 
@@ -604,26 +617,28 @@ def published_vs_measured(
         count = len(datasets)
         figure = Figure(figsize=(PAGE, 2.45 * count + 0.75), layout="constrained")
         axes = figure.subplots(count, 2, sharex=True, sharey=True, squeeze=False)
-        agents = sorted({m.agent for e in evaluations if (m := parse_method(e.method)).agent})
+        models = list(dict.fromkeys(model for model, _ in pairs))
+        look.agents = sorted({m.agent for e in evaluations if (m := parse_method(e.method)).agent})
         rows: list[dict[str, Any]] = []
         for (left, right), (dataset, language) in zip(axes, datasets.items(), strict=True):
             rows += _published_points(left, dataset, language, published, look)
             here = {pair: methods for pair, methods in pairs.items() if pair[1] == dataset}
-            rows += _measured_points(right, here, agents, look)
-            left.set_ylabel(f"{dataset}\nROUGE-L / full's")
+            rows += _measured_points(right, here, models, look)
+            left.set_ylabel(f"{dataset}\nROUGE-L relative to full depth")
             for axis in (left, right):
-                axis.axvline(1, color="#BBBBBB", linewidth=0.7, zorder=0)
-                axis.axhline(1, color="#BBBBBB", linewidth=0.7, zorder=0)
-                axis.legend(loc="lower right", handletextpad=0.3)
+                axis.axvline(1, color="#999999", linewidth=0.7, zorder=0)
+                axis.axhline(1, color="#999999", linewidth=0.7, zorder=0)
+                if axis.lines[2:]:  # more than the two guides
+                    axis.legend(loc="lower right", handletextpad=0.3)
         kept = any(methods["full"].provenance.kv != "none" for methods in pairs.values())
-        names = ", ".join(dict.fromkeys(model for model, _ in pairs))
-        names = names if len(names) < 30 else f"{len({model for model, _ in pairs})} models"
+        names = ", ".join(models)
+        names = names if len(names) < 30 or len(models) == 1 else f"{len(models)} models"
         axes[0, 0].set_title("published: Llama 3.2 3B / OPT 2.7B,\nRTX 8000, no KV cache")
         axes[0, 1].set_title(f"this study: {names},\n{'KV cache' if kept else 'no KV cache'}")
-        axes[0, 0].set_xlim(left=0)
+        axes[0, 0].set_xlim(0, 1.06 * axes[0, 0].get_xlim()[1])
         axes[0, 0].set_ylim(bottom=0)
-        axes[-1, 0].set_xlabel("Energy / full's")
-        axes[-1, 1].set_xlabel(_energy_label(evaluations, " / full's"))
+        axes[-1, 0].set_xlabel("Energy relative to full depth")
+        axes[-1, 1].set_xlabel(_energy_label(evaluations, " relative to full depth"))
         figure.supxlabel(
             "Other models and another protocol: compare shapes, not values. Numbers are thresholds T.",
             fontsize=look.size - 1, color=_FAINT,
@@ -659,22 +674,19 @@ def _published_points(
 
 
 def _measured_points(
-    axis: Axes, pairs: Mapping[Pair, Mapping[str, Evaluation]], agents: Sequence[str], look: _Look
+    axis: Axes, pairs: Mapping[Pair, Mapping[str, Evaluation]], models: Sequence[str], look: _Look
 ) -> list[dict[str, Any]]:
     rows = []
-    for place, ((model, dataset), methods) in enumerate(pairs.items()):
+    for (model, dataset), methods in pairs.items():
         full = require_full(methods)
-        series: dict[str, list[tuple[float, float, float | None]]] = {}
+        series: dict[str | None, list[tuple[float, float, float | None]]] = {}
         for name, evaluation in methods.items():
             method = parse_method(name)
             energy, rouge = (_relative(evaluation, full, metric) for metric in ("joules", "rougeL"))
             if method.kind in ("base", "full") or energy is None or rouge is None:
                 continue
-            series.setdefault(method.agent or "fixed", []).append(
-                (energy.value, rouge.value, method.threshold)
-            )
-            colour = look.colours["fixed"] if method.kind == "fixed" else _SERIES[place % len(_SERIES)]
-            _cross(axis, energy, rouge, colour)
+            series.setdefault(method.agent, []).append((energy.value, rouge.value, method.threshold))
+            _cross(axis, energy, rouge, look.series_colour(model, method.agent, models))
             rows.append(
                 {"origin": "this study", "model": model, "dataset": dataset, "method": name}
                 | {"threshold": method.threshold, "layers": evaluation.cost["layers"].value}
@@ -685,13 +697,18 @@ def _measured_points(
                 | {"energy_source": evaluation.energy_source, "kv": evaluation.provenance.kv}
             )
         for key, points in series.items():
-            if key == "fixed":
-                label = f"{model}, fixed exits" if len(pairs) > 1 else "fixed exits"
-                _threshold_line(axis, points, look.colours["fixed"], "^", label, look)
-            else:
-                label = model if len(agents) == 1 else f"{model}, {key}"
-                marker = _MARKERS[agents.index(key) % len(_MARKERS)]
-                _threshold_line(axis, points, _SERIES[place % len(_SERIES)], marker, label, look)
+            colour = look.series_colour(model, key, models)
+            if key is None:
+                ordered = zip(*sorted(point[:2] for point in points), strict=True)
+                axis.plot(*ordered, "^:", color=colour, markersize=3)
+                continue
+            label = model if len(look.agents) == 1 else f"{model}, {key}"
+            number = models.index(model) * len(look.agents) + look.agents.index(key)
+            marker = _MARKERS[number % len(_MARKERS)]
+            _threshold_line(axis, points, colour, marker, label, look)
+    if any(parse_method(row["method"]).kind == "fixed" for row in rows):
+        colour = _FAINT if len(models) > 1 else look.colours["fixed"]
+        axis.plot([], [], "^:", color=colour, markersize=3, label="fixed exits")
     if not rows:
         _not_measured(axis, "Energy")
     return rows
@@ -719,11 +736,12 @@ def _threshold_line(
         markerfacecolor="white" if hollow else colour, markeredgewidth=1,
     )  # fmt: skip
     # The two ends tell which way the threshold runs; a label on each point would cover the others.
-    for at, up in ((0, -9), (-1, 5)):
+    up = (3, -4, 9, -10)[len(axis.get_legend_handles_labels()[0]) % 4 - 1]
+    for at, aside, align in ((0, -5, "right"), (-1, 5, "left")):
         if thresholds[at] is not None:
             axis.annotate(
-                f"{thresholds[at]:g}", (x[at], y[at]), (0, up), textcoords="offset points", ha="center",
-                fontsize=look.size - 2, color=_darker(colour),
+                f"{thresholds[at]:g}", (x[at], y[at]), (aside, up), textcoords="offset points", ha=align,
+                va="center", fontsize=look.size - 2, color=_darker(colour),
             )  # fmt: skip
 
 
@@ -755,6 +773,12 @@ class _Look:
             return self.colours[agent]
         return _AGENTS[self.agents.index(agent) % len(_AGENTS)]
 
+    def series_colour(self, model: str, agent: str | None, models: Sequence[str]) -> str:
+        """Of the line of an agent, or of fixed exits (None): by model where there are several."""
+        if len(models) > 1:
+            return _SERIES[models.index(model) % len(_SERIES)]
+        return self.agent_colour(agent) if agent else self.colours["fixed"]
+
 
 class _MethodLook:
     """Colour, hatch, marker and label of one method; the same in all panels."""
@@ -765,9 +789,11 @@ class _MethodLook:
     def patch(self) -> Patch:
         return _fill(Patch(label=self.label), self.colour, self.hatch)
 
-    def line(self, label: str) -> Line2D:
-        return Line2D([], [], color=self.colour, marker=self.marker, markerfacecolor="white", markersize=4,
-                      linewidth=0.8, label=label)  # fmt: skip
+    def line(self, label: str, inside: str) -> Line2D:
+        return Line2D(
+            [], [], color=_darker(self.colour), marker=self.marker, markerfacecolor=inside,
+            markersize=7 if self.marker == "*" else 5, linestyle="none", label=label,
+        )  # fmt: skip
 
 
 def _method_looks(methods: Iterable[str], look: _Look) -> dict[str, _MethodLook]:
@@ -787,12 +813,20 @@ def _method_looks(methods: Iterable[str], look: _Look) -> dict[str, _MethodLook]
     return looks
 
 
+def _series(method: Method, look: _Look) -> str:
+    """What the methods of one kind are called together."""
+    names = {"base": "base", "full": "full depth", "fixed": "fixed exits"}
+    if method.kind in names:
+        return names[method.kind]
+    return "GC (light to dark: rising T)" if len(look.agents) == 1 else method.agent or ""
+
+
 def _agent_look(method: Method, among: Sequence[Method], look: _Look) -> _MethodLook:
     thresholds = sorted(other.threshold or 0 for other in among if other.agent == method.agent)
     place = thresholds.index(method.threshold or 0) / max(1, len(thresholds) - 1)
     colour = np.array(to_rgb(look.agent_colour(method.agent or "")))
-    # From 70 % towards white to 35 % towards black.
-    toward, share = (1.0, 0.7 - 1.4 * place) if place < 0.5 else (0.0, 0.7 * (place - 0.5))
+    # From 75 % towards white to 55 % towards black.
+    toward, share = (1.0, 0.75 - 1.5 * place) if place < 0.5 else (0.0, 1.1 * (place - 0.5))
     number = look.agents.index(method.agent)
     name = "GC" if len(look.agents) == 1 else method.agent
     label = name if method.threshold is None else f"{name}(T={method.threshold:g})"
@@ -873,7 +907,7 @@ def _outer_labels(axes: Sequence[Axes], x: str, y: str) -> None:
             axis.set_ylabel(y)
 
 
-def _title(pair: Pair, between: str = "\n") -> str:
+def _title(pair: Pair, between: str = ", ") -> str:
     return f"{pair[0]}{between}{pair[1]}"
 
 
@@ -904,7 +938,9 @@ def _error_bar(axis: Axes, at: float, interval: Interval, horizontal: bool = Fal
     where = {"x": at, "y": interval.value, "yerr": _arms(interval)}
     if horizontal:
         where = {"x": interval.value, "y": at, "xerr": _arms(interval)}
-    axis.errorbar(**where, fmt="none", ecolor="black", elinewidth=0.6, capsize=1.2, capthick=0.6)
+    bar = axis.errorbar(**where, fmt="none", ecolor="black", elinewidth=0.7, capsize=1.2, capthick=0.7)
+    for line in (*bar.lines[1], *bar.lines[2]):  # visible on dark bars too
+        line.set_path_effects([withStroke(linewidth=1.7, foreground="white")])
 
 
 def _cross(axis: Axes, across: Interval, up: Interval, colour: Any) -> None:
@@ -915,8 +951,10 @@ def _cross(axis: Axes, across: Interval, up: Interval, colour: Any) -> None:
 
 
 def _fill(patch: Any, colour: Any, hatch: str | None) -> Any:
-    """Fill a bar or a legend's patch; an outline keeps light bars apart in print."""
-    patch.set(facecolor=colour, edgecolor="#222222" if hatch is None else "white", linewidth=0.4, hatch=hatch)
+    """Fill a bar or a legend's patch; outline and hatch keep it apart from others in grey print."""
+    light = np.dot(to_rgb(colour), (0.3, 0.6, 0.1)) > 0.6
+    patch.set(facecolor=colour, edgecolor="#222222", linewidth=0.4, hatch=hatch)
+    patch.set_hatchcolor(_darker(colour) if light else "white")
     return patch
 
 

@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -68,7 +69,7 @@ def read_json(path: str | Path) -> Any:
             return json.load(stream)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
-    except (ValueError, OSError, EOFError, lzma.LZMAError) as error:
+    except (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); delete it and run again.") from None
 
 

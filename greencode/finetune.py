@@ -13,13 +13,13 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from greencode import models
 from greencode.corpus import Record
+from greencode.errors import UserError
 from greencode.exits import lite_weights
 from greencode.families import adapt
-from greencode.files import write_json
+from greencode.files import read_json, write_json
 from greencode.tokenise import encode, pack
 
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")
@@ -135,6 +135,21 @@ class MultiExitTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The Trainer's newest checkpoint that is whole, or None.
+
+    The Trainer writes `trainer_state.json` last: a job killed while saving leaves a checkpoint without.
+    """
+    found = {int(path.name.rpartition("-")[2]): path for path in Path(folder).glob("checkpoint-*")}
+    for _, path in sorted(found.items(), reverse=True):
+        try:
+            read_json(path / "trainer_state.json")
+        except UserError:
+            continue
+        return path
+    return None
+
+
 def training_blocks(
     tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], settings: dict[str, Any], most: int
 ) -> np.ndarray:
@@ -211,10 +226,9 @@ def finetune(
         weights=weights,
         recompute=settings["gradient_checkpointing"],
     )
-    checkpoints = Path(checkpoints)
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = last_checkpoint(checkpoints)
     before = trainer.evaluate()
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last and str(last))
     after = trainer.evaluate()
 
     out = Path(out)

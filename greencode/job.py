@@ -17,12 +17,15 @@ def run(main: Callable[[Any], None], snakemake: Any) -> None:
     """Run `main(snakemake)` with its output in the rule's log.
 
     An error that the user can mend ends the job with one sentence, in the log and on the terminal; any
-    other error leaves its traceback in the log.
+    other error leaves its traceback in the log. A log that cannot be written, as on a full disk, takes
+    the sentence away from no one.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.captureWarnings(True)
+    sentence = f"{snakemake.log[0]} cannot be written."
     with (
+        contextlib.suppress(OSError),
         open(snakemake.log[0], "w", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
@@ -33,11 +36,11 @@ def run(main: Callable[[Any], None], snakemake: Any) -> None:
         except UserError as error:
             sentence = str(error)
         except OSError as error:
-            traceback.print_exc(file=log)
             sentence = f"{error.strerror or error}: {error.filename or 'while writing results'}."
-        except Exception as error:
             traceback.print_exc(file=log)
+        except Exception as error:
             sentence = f"{type(error).__name__}: {error} (traceback in {snakemake.log[0]})"
+            traceback.print_exc(file=log)
         log.write(f"{sentence}\n")
     print(f"{snakemake.rule}: {sentence}", file=sys.stderr)
     sys.exit(1)

@@ -30,7 +30,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise UserError(f"{directory} is not a model directory; check models.*.path in the configuration.")
     config = read_json(directory / "config.json")
-    family = config.get("model_type")
+    family = config.get("model_type") if isinstance(config, dict) else None
     if family not in FAMILIES:
         raise UserError(
             f"{directory} holds a model of family {family!r}, which is not supported; "
@@ -51,7 +51,10 @@ def check_weights(directory: str | Path) -> list[Path]:
     files = sorted(directory.glob("*.safetensors"))
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        named = {directory / name for name in read_json(index)["weight_map"].values()}
+        try:
+            named = {directory / name for name in read_json(index)["weight_map"].values()}
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} names no weights; fetch it again.") from None
         missing = sorted(path.name for path in named if not path.exists())
         if missing:
             raise UserError(f"{directory} lacks {missing[0]}, which its index names; fetch it again.")
@@ -59,17 +62,24 @@ def check_weights(directory: str | Path) -> list[Path]:
     if not files:
         raise UserError(f"{directory} holds no *.safetensors; convert the weights (pickles are not read).")
     for path in files:
-        size = path.stat().st_size
-        with open(path, "rb") as stream:
-            head = int.from_bytes(stream.read(8), "little")
-            try:
-                header = json.loads(stream.read(head)) if 8 + head <= size else None
-            except ValueError:
-                header = None
-        ends = [t["data_offsets"][1] for name, t in (header or {}).items() if name != "__metadata__"]
-        if header is None or 8 + head + max(ends, default=0) != size:
+        if not _is_complete(path):
             raise UserError(f"{path} is truncated or not a safetensors file; fetch it again.")
     return files
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether a safetensors file is as long as its header says."""
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        head = int.from_bytes(stream.read(8), "little")
+        if 8 + head > size:
+            return False
+        try:
+            header = json.loads(stream.read(head))
+            ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return False
+    return 8 + head + max(ends, default=0) == size
 
 
 def fingerprint(directory: str | Path) -> str:
@@ -91,7 +101,8 @@ def load(
     """Load a causal LM for inference from a local directory; float32 on the CPU unless asked otherwise.
 
     Raises:
-        UserError: unsupported family, missing or truncated weights, weights that do not fit.
+        UserError: unsupported family, missing or truncated weights, weights that do not fit or do not
+            fill the model.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -101,15 +112,18 @@ def load(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("device is 'cuda' but no CUDA device is available; set device: cpu.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             str(directory),
             local_files_only=True,
             dtype=dtype or torch.float32,
             attn_implementation=attention,
             use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{directory} cannot be loaded ({str(error).splitlines()[0]}).") from None
+    if report["missing_keys"]:  # transformers fills them with random numbers
+        raise UserError(f"The weights in {directory} lack {min(report['missing_keys'])}; fetch them again.")
     return model.to(device).eval()
 
 
@@ -141,7 +155,8 @@ def fetch(source: dict[str, Any], directory: str | Path) -> None:
     if layer_count(config) != source["layers"]:
         raise UserError(f"{origin} has {layer_count(config)} layers, not {source['layers']} as configured.")
     weights = check_weights(origin)
-    directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)  # another source's files, or halves of a killed job
+    directory.mkdir(parents=True)
     names = {path.name for path in weights} | {
         path.name
         for path in origin.iterdir()

@@ -50,7 +50,7 @@ class AgentExit:
 
     def leaves(self, view: ExitView) -> bool:
         if self._on_device is None:
-            observation = view.observation.float().numpy()
+            observation = view.observation.float().cpu().numpy()
             return self.agent.probability(observation, self.temperature) > self.threshold
         state = view.observation.float()
         *hidden, last = self._on_device

@@ -56,17 +56,32 @@ def _take(files: Iterator[list[int]], tokens: int) -> Iterator[list[int]]:
 
 
 def build_blocks(
-    corpus: str, tokenizer_directory: str | Path, block: int, tokens: int, split: str, out: str | Path
+    corpus: str, tokenizer_directory: str | Path, block: int, tokens: int, out: str | Path
 ) -> None:
-    """Packed blocks [n, block] as a .npy of uint16, half of the tokens from each language.
+    """Packed blocks [n, block] of the train split as a .npy of uint16, half of the tokens from each language.
 
     A file that is longer than the rest of a language's budget is still taken whole.
     """
+    share = tokens // len(LANGUAGES)
     parts = [
-        pack(_take(tokens_of(corpus, language, split, tokenizer_directory), tokens // len(LANGUAGES)), block)
+        pack(_take(tokens_of(corpus, language, "train", tokenizer_directory), share), block)
         for language in LANGUAGES
     ]
     np.save(out, np.concatenate(parts).astype(np.uint16))
+
+
+def _initialise(model) -> None:
+    """Start every layer as the identity: output projections at zero, other matrices at 1/sqrt(fan in).
+
+    With transformers' default (0.02 everywhere) the layers' noise drowns the embeddings of so narrow and
+    deep a model: after 200 steps it was half a nat behind (docs/base-models.md).
+    """
+    outputs = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")
+    for name, weight in model.named_parameters():
+        if name.endswith(outputs):
+            weight.data.zero_()
+        elif weight.dim() == 2:
+            weight.data.normal_(0, weight.shape[1] ** -0.5)
 
 
 def new_model(shape: dict[str, Any], vocabulary: int, context: int, bos: int, eos: int, seed: int):
@@ -86,15 +101,15 @@ def new_model(shape: dict[str, Any], vocabulary: int, context: int, bos: int, eo
         "pad_token_id": eos,
         "tie_word_embeddings": True,
     }
+    hidden, inner = shape["hidden"], shape["feed_forward"]
     if shape["family"] == "llama":
-        return LlamaForCausalLM(LlamaConfig(intermediate_size=shape["feed_forward"], **common))
-    if shape["family"] == "opt":
-        return OPTForCausalLM(
-            OPTConfig(
-                ffn_dim=shape["feed_forward"], word_embed_proj_dim=shape["hidden"], dropout=0.0, **common
-            )
-        )
-    raise UserError(f"pretrain cannot make models of family {shape['family']!r}; use llama or opt.")
+        model = LlamaForCausalLM(LlamaConfig(intermediate_size=inner, **common))
+    elif shape["family"] == "opt":
+        model = OPTForCausalLM(OPTConfig(ffn_dim=inner, word_embed_proj_dim=hidden, dropout=0.0, **common))
+    else:
+        raise UserError(f"pretrain cannot make models of family {shape['family']!r}; use llama or opt.")
+    _initialise(model)
+    return model
 
 
 def train_model(
@@ -110,14 +125,13 @@ def train_model(
     """Train one model over `blocks` on the Hugging Face Trainer and write a model directory.
 
     Interrupted, it resumes from the last checkpoint under `checkpoints`. Writes bf16 safetensors,
-    the tokenizer's files and `training.json` (tokens seen, loss curve, tokens per second, hardware,
+    the tokenizer's files and `training.json` (tokens seen, loss curve, hardware; tokens per second and
     energy since it was last resumed).
     """
     import torch
     from transformers import Trainer, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
 
-    from greencode.finetune import Blocks
+    from greencode.finetune import Blocks, last_checkpoint
 
     torch.set_num_threads(threads)
     data = np.load(blocks, mmap_mode="r")
@@ -142,6 +156,7 @@ def train_model(
         seed=training["seed"],
         data_seed=training["seed"],
         logging_steps=training["log_every"],
+        logging_first_step=True,
         save_steps=training["save_every"],
         save_total_limit=1,
         report_to=[],
@@ -149,11 +164,12 @@ def train_model(
         use_cpu=not torch.cuda.is_available(),
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=Blocks(data))
-    last = get_last_checkpoint(str(checkpoints)) if Path(checkpoints).is_dir() else None
+    last = last_checkpoint(checkpoints)
+    done = read_json(last / "trainer_state.json")["global_step"] if last else 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
     meter = Meter.open(device, cpu_watts)
     with meter.window() as window:
-        outcome = trainer.train(resume_from_checkpoint=last)
+        outcome = trainer.train(resume_from_checkpoint=last and str(last))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     models.save(model.to(torch.bfloat16), out)
@@ -165,6 +181,7 @@ def train_model(
         if "loss" in entry
     ]
     tokens = int(data.size * training["epochs"])
+    since = tokens * (1 - done / trainer.state.global_step)
     write_json(
         out / "training.json",
         {
@@ -172,7 +189,7 @@ def train_model(
             "training": training,
             "parameters": sum(p.numel() for p in model.parameters()),
             "tokens_seen": tokens,
-            "tokens_per_second": round(tokens / outcome.metrics["train_runtime"], 1),
+            "tokens_per_second": round(since / outcome.metrics["train_runtime"], 1),
             "loss_curve": curve,
             "hardware": f"{device_name(device)}, {threads} threads",
             "joules": window.energy.joules,
@@ -239,6 +256,8 @@ def model_card(directory: str | Path, name: str, corpus: str) -> str:
         manifest = Path(corpus) / language / "manifest.json"
         if manifest.exists():
             for source in read_json(manifest)["sources"]:
+                if source.get("split", "train") != "train":
+                    continue
                 licences.setdefault(source.get("licence", "unknown"), set()).add(source["repo"])
     rows = "\n".join(
         f"| {language} | {q['accuracy']:.3f} | {q['cross_entropy_nats']:.3f} | {q['bits_per_byte']:.3f} "

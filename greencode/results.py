@@ -169,7 +169,7 @@ class Generation:
                 head, *rows = (json.loads(line) for line in stream)
             provenance = Provenance(**head.pop("provenance"))
             return cls(provenance=provenance, completions=[Completion(**row) for row in rows], **head)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is not a generations file ({error}); delete it and run again.") from None
 
 
@@ -221,5 +221,5 @@ class Evaluation:
             record["depth_counts"] = {int(d): n for d, n in record["depth_counts"].items()}
             record["provenance"] = Provenance(**record["provenance"])
             return cls(**record)
-        except (TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is not an evaluation file ({error}); delete it and run again.") from None

@@ -275,7 +275,7 @@ def test_learning_curve(trained):
     assert trained.optimal_counts.sum() == 5 * len(trained.curve_rewards)
     record = trained.record()
     assert list(record["optimal_exits"]) == ["4", "6", "8", "12", "16"]
-    assert len(record["mean_step_reward"]) == len(record["steps"])
+    assert len(record["episode_reward"]) == len(record["episode_steps"])
     assert math.isfinite(record["steps_per_second"])
 
 

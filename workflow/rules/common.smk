@@ -1,9 +1,13 @@
+import contextlib
+import fcntl
+import functools
 import sys
 import warnings
 from pathlib import Path
 
 from greencode import config as study
 from greencode.errors import UserError
+from greencode.exits import lite_weights
 from snakemake.exceptions import WorkflowError
 
 REPOSITORY = Path(workflow.basedir)
@@ -16,14 +20,35 @@ def checked(config):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             study.check(completed)
-        for warning in {str(warning.message) for warning in caught}:
-            print(f"Warning: {warning}", file=sys.stderr)
+        # Every job reads this file again; the user wants to be warned once.
+        if workflow.is_main_process:
+            for warning in dict.fromkeys(str(warning.message) for warning in caught):
+                print(f"Warning: {warning}", file=sys.stderr)
         return completed
     except UserError as error:
         raise WorkflowError(str(error)) from None
 
 
+def alive():
+    """A lock that ends with its processes, so that a killed run's leftover lock can be told and removed.
+
+    All processes of a run share it; whoever gets it alone knows that no other run is at work here.
+    """
+    handle = None
+    with contextlib.suppress(OSError):
+        Path(".snakemake").mkdir(exist_ok=True)
+        handle = open(".snakemake/alive", "a")
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for leftover in Path(".snakemake/locks").glob("*.lock"):
+                leftover.unlink()
+        fcntl.flock(handle, fcntl.LOCK_SH)
+    return handle
+
+
 STUDY = checked(config)
+ALIVE = alive()
+PUBLISHED = str(REPOSITORY / "resources" / "published_values.csv")
 MODELS = list(STUDY["models"])
 DATASETS = list(STUDY["datasets"])
 AGENTS = list(STUDY["agents"])
@@ -44,9 +69,27 @@ wildcard_constraints:
     method=r"[A-Za-z][A-Za-z0-9]*(-T?[0-9.e-]+)?",
 
 
+@functools.cache
 def code(script):
     """What a rule's script does, as a param: see greencode.config.code_of."""
     return study.code_of(REPOSITORY / "workflow" / "scripts" / f"{script}.py")
+
+
+def files_at(path):
+    """A local file, or the files directly in a local folder; none for anything else."""
+    if path is None:
+        return []
+    path = Path(path)
+    return [path] if path.is_file() else sorted(filter(Path.is_file, path.glob("*")))
+
+
+# Input from outside the workflow: a dataset or model that is replaced re-runs what was made of it.
+def dataset_files(wildcards):
+    return files_at(STUDY["datasets"][wildcards.dataset]["source"].get("path"))
+
+
+def model_files(wildcards):
+    return files_at(STUDY["models"][wildcards.model].get("path"))
 
 
 # One dict per stage: Snakemake compares the values of params without their names.
@@ -102,19 +145,23 @@ def gpus(wildcards):
     return 0 if STUDY["device"] == "cpu" else 1
 
 
+def fixed_of(model):
+    """Methods of one depth for every token, the full one first."""
+    return ["full", *(f"fixed-{depth}" for depth in EXITS[model][:-1])]
+
+
 def methods_of(model):
     """Every method that is generated for a model, baselines first."""
-    fixed = [f"fixed-{depth}" for depth in EXITS[model][:-1]]
     agents = [f"{agent}-T{threshold}" for agent in AGENTS for threshold in THRESHOLDS]
-    return ["base", "full", *fixed, *agents]
+    return ["base", *fixed_of(model), *agents]
 
 
-def evaluations_of(models, datasets):
+def evaluations_of(models, datasets, methods=methods_of):
     return [
         f"results/evaluation/{model}/{dataset}/{method}.json"
         for model in models
         for dataset in datasets
-        for method in methods_of(model)
+        for method in methods(model)
     ]
 
 
@@ -150,6 +197,26 @@ TABLES = expand(
         "all_results",
     ],
 )
+LEARNING = [
+    f"results/agents/{m}/{d}/{agent}/learning.json"
+    for m, d in PAIRS
+    for agent in AGENTS
+]
+WEIGHTED = [
+    {
+        "name": name,
+        "layers": model["layers"],
+        "exit_points": list(EXITS[name]),
+        "weights": list(
+            lite_weights(
+                EXITS[name],
+                tuple(STUDY["finetune"]["budgets"]),
+                STUDY["finetune"]["decay"],
+            )
+        ),
+    }
+    for name, model in STUDY["models"].items()
+]
 PRETRAIN = STUDY.get("pretrain", {})
 PRETRAINED = expand(
     "results/pretrain/{shape}/README.md", shape=PRETRAIN.get("models", {})

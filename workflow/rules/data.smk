@@ -1,4 +1,6 @@
 rule prepare_corpus:
+    input:
+        dataset_files,
     output:
         train="results/data/{dataset}/train.jsonl.gz",
         validation="results/data/{dataset}/validation.jsonl.gz",

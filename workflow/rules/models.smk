@@ -1,4 +1,6 @@
 rule fetch_base_model:
+    input:
+        model_files,
     output:
         info="results/models/{model}/base/info.json",
     log:

@@ -1,6 +1,7 @@
 """PPO on recorded trajectories; the exported policy and how it learned."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 from greencode import job
@@ -28,8 +29,13 @@ def main(smk):
         smk.output.curve,
         trained.record()
         | {"model": names.model, "dataset": names.dataset, "agent": names.agent}
-        | {"exit_points": list(episodes.exit_points), "settings": block, "reward": block["reward"]}
-        | {"validation": [row._asdict() for row in rows], "provenance": vars(provenance)},
+        | {"exit_points": list(episodes.exit_points), "settings": asdict(settings)}
+        | {
+            "steps": settings.steps,
+            "reward": block["reward"],
+            "validation": [row._asdict() for row in rows],
+            "provenance": asdict(provenance),
+        },
     )
     shutil.rmtree(checkpoints)
 

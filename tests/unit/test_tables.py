@@ -1,0 +1,227 @@
+"""Tables from small made-up evaluations, by hand."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from greencode import tables
+from greencode.errors import UserError
+from greencode.results import Evaluation, Interval, Provenance
+
+PUBLISHED = Path(__file__).parents[2] / "resources" / "published_values.csv"
+
+
+def evaluation(method: str, seconds: float, joules: float | None = 10.0, layers: int = 28) -> Evaluation:
+    cost = {"seconds": seconds, "cpu_seconds": 2 * seconds, "layers": seconds * 10, "checks": 30.0}
+    if joules is not None:
+        cost["joules"] = joules
+    return Evaluation(
+        model="tiny",
+        dataset="java",
+        language="java",
+        method=method,
+        layers=layers,
+        exit_points=[4, layers],
+        samples=5,
+        quality={"rougeL": Interval(0.4, 0.3, 0.5), "token_accuracy": Interval(0.2, 0.1, 0.3)},
+        cost={name: Interval(value, value - 0.5, value + 0.5) for name, value in cost.items()},
+        depth_counts={4: 1, layers: 2},
+        energy_source=None if joules is None else "estimate",
+        energy_note="",
+        provenance=Provenance("abc", "2025-01-01T00:00:00+00:00", "c0ffee", {}, kv="deferred", seed=3),
+    )
+
+
+@pytest.fixture
+def study() -> list[Evaluation]:
+    return [evaluation("agent-T0.9", 1.5, 5.0), evaluation("full", 2.0), evaluation("base", 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "agent", "threshold", "depth"),
+    [
+        ("base", "base", None, None, None),
+        ("full", "full", None, None, None),
+        ("fixed-12", "fixed", None, None, 12),
+        ("agent-T0.9", "agent", "agent", 0.9, None),
+        ("my-T2-agent-T1", "agent", "my-T2-agent", 1.0, None),
+        ("fixed-4-T0.5", "agent", "fixed-4", 0.5, None),
+        ("base-T0.5", "agent", "base", 0.5, None),
+        ("oracle", "agent", "oracle", None, None),
+    ],
+)
+def test_parse_method(name, kind, agent, threshold, depth) -> None:
+    assert tables.parse_method(name) == tables.Method(name, kind, agent, threshold, depth)
+
+
+def test_methods_are_ordered() -> None:
+    names = ["b-T0.6", "b-T0.55", "a-T0.9", "fixed-12", "fixed-4", "full", "base"]
+    (methods,) = tables.group(evaluation(name, 1.0) for name in names).values()
+    assert list(methods) == ["base", "full", "fixed-4", "fixed-12", "a-T0.9", "b-T0.55", "b-T0.6"]
+
+
+def test_group_refuses_doubles_and_nothing(study) -> None:
+    with pytest.raises(UserError, match="Two evaluations are of full"):
+        tables.group([*study, study[1]])
+    with pytest.raises(UserError, match="no evaluations"):
+        tables.group([])
+
+
+def test_summary(study) -> None:
+    found = tables.summary(study).set_index("method")
+    assert list(found.index) == ["base", "full", "agent-T0.9"]
+    agent = found.loc["agent-T0.9"]
+    assert (agent["rougeL"], agent["rougeL_low"], agent["rougeL_high"]) == (0.4, 0.3, 0.5)
+    assert pd.isna(agent["codebleu"])
+    assert (agent["seconds"], agent["joules"], agent["energy_source"]) == (1.5, 5.0, "estimate")
+    assert agent["seconds_saved_percent"] == pytest.approx(25)
+    assert agent["joules_saved_percent"] == pytest.approx(50)
+    assert found.loc["full", "joules_saved_percent"] == 0
+
+
+def test_summary_needs_full(study) -> None:
+    with pytest.raises(UserError, match="'full' of tiny on java"):
+        tables.summary([study[0]])
+
+
+def test_summary_without_joules() -> None:
+    found = tables.summary([evaluation("full", 2.0, None), evaluation("base", 2.0)])
+    assert found.loc[found["method"] == "full", ["joules", "energy_source"]].isna().all(axis=None)
+    assert found["joules_saved_percent"].isna().all()
+    assert "not measured" in tables.summary_markdown(found)
+
+
+def test_summary_markdown(study) -> None:
+    text = tables.summary_markdown(tables.summary(study))
+    head, _, base, full, agent = text.splitlines()
+    assert "Energy, J (estimate)" in head
+    assert "0.400 (0.300–0.500)" in agent
+    assert "5 (−50 %)" in agent
+    assert "±0 %" in base
+    assert "%" not in full
+    assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
+def test_summary_markdown_marks_estimates_among_measurements(study) -> None:
+    measured = replace(study[1], energy_source="nvml")
+    text = tables.summary_markdown(tables.summary([study[0], measured]))
+    assert "Energy, J |" in text
+    assert text.count("(estimate)") == 1
+
+
+def test_all_results(study) -> None:
+    found = tables.all_results(study)
+    assert len(found) == sum(len(one.quality) + len(one.cost) for one in study)
+    row = found[(found["method"] == "agent-T0.9") & (found["metric"] == "joules")].iloc[0]
+    assert (row["value"], row["low"], row["high"]) == (5.0, 4.5, 5.5)
+    assert (row["agent"], row["threshold"], row["unit"], row["kv"]) == (
+        "agent",
+        0.9,
+        "J/completion",
+        "deferred",
+    )
+    assert row["energy_source"] == "estimate"
+    assert found.loc[found["metric"] == "seconds", "energy_source"].isna().all()
+
+
+OVERHEAD = {"model": "tiny", "dataset": "java", "agent": "agent", "seconds_per_check": 0.001}
+OVERHEAD |= {"seconds_per_check_low": 0.0005, "seconds_per_check_high": 0.002}
+
+
+def test_table4(study) -> None:
+    (row,) = tables.table4_overhead(study, [OVERHEAD]).to_dict("records")
+    assert row["threshold"] == 0.9
+    assert row["time_percent_of_full"] == pytest.approx(100 * 30 * 0.001 / 4.0)
+    assert row["time_percent_of_gc"] == pytest.approx(100 * 30 * 0.001 / 3.0)
+    assert row["time_percent_of_gc_low"] == pytest.approx(100 * 30 * 0.0005 / 3.0)
+    assert row["energy_percent_of_full"] == row["time_percent_of_full"]
+    assert row["energy_source"] == "estimate"
+
+
+def test_table4_measured_energy_is_not_inferred_from_time(study) -> None:
+    measured = [replace(one, energy_source="nvml") for one in study]
+    (row,) = tables.table4_overhead(measured, [OVERHEAD]).to_dict("records")
+    assert row["energy_percent_of_full"] is None
+    (row,) = tables.table4_overhead(measured, [OVERHEAD | {"joules_per_check": 0.01}]).to_dict("records")
+    assert row["energy_percent_of_gc"] == pytest.approx(100 * 30 * 0.01 / 5.0)
+
+
+def test_table4_has_the_published_values_beside(study) -> None:
+    found = tables.table4_overhead(study, [OVERHEAD], tables.read_published(PUBLISHED))
+    paper = found[(found["model"] == "opt-2.7b") & (found["threshold"] == 0.9)].iloc[0]
+    assert paper["origin"] == "paper"
+    assert (paper["energy_percent_of_gc"], paper["time_percent_of_gc"]) == (18.78, 11.7)
+
+
+def test_table4_names_what_is_missing(study) -> None:
+    with pytest.raises(UserError, match="overhead of agent frugal"):
+        tables.table4_overhead(study, [OVERHEAD | {"agent": "frugal"}])
+    with pytest.raises(UserError, match="'full'"):
+        tables.table4_overhead(study[:1], [OVERHEAD])
+
+
+def test_table1() -> None:
+    splits = {"train": {"files": 3, "tokens": 40, "sha256": "0"}, "test": {"files": 1, "tokens": 9}}
+    found = tables.table1_datasets({"mine": {"language": "java", "splits": splits, "other": [1]}})
+    assert found.loc[0, ["dataset", "files_train", "tokens_test"]].tolist() == ["mine", 3, 9]
+    assert found.loc[found["dataset"] == "JavaCorpus", "files_test"].item() == 8268
+    with pytest.raises(UserError, match="mine has no splits"):
+        tables.table1_datasets({"mine": {}})
+
+
+def test_table2() -> None:
+    model = {"name": "tiny", "family": "llama", "parameters": 7, "layers": 32, "hidden": 8}
+    found = tables.table2_models([model | {"exit_points": [4, 32]}])
+    assert found.loc[0, ["layers", "exit_points"]].tolist() == [32, "4 32"]
+    assert found["origin"].tolist() == ["this study", "paper", "paper"]
+
+
+def learning(agent: str, dataset: str, model: str = "tiny", **changes) -> dict:
+    settings = {"batch_size": 64, "buffer": 128, "hidden": [32, 16], "steps": 10, "threads": 1} | changes
+    return {"agent": agent, "dataset": dataset, "model": model, "settings": settings, "reward": {"beta": 0.5}}
+
+
+def test_table3() -> None:
+    records = [
+        learning("plain", "java"),
+        learning("plain", "python", threads=8),
+        learning("odd, one", "java"),
+        learning("odd, one", "python", steps=20),
+        learning("odd, one", "python", model="big", steps=20),
+    ]
+    found = tables.table3_ppo(records).set_index("hyperparameter")
+    assert list(found)[:3] == ["plain", "odd, one, java", "odd, one, python"]
+    assert found.loc["steps", "odd, one, python"] == 20
+    assert found.loc["hidden units", "plain"] == "32 16"
+    assert found.loc["reward beta", "plain"] == 0.5
+    assert found.loc["buffer"].tolist()[-2:] == [4096, 256]
+
+
+def test_write_table_is_exact_and_the_same_each_time(tmp_path) -> None:
+    table = pd.DataFrame({"a": [1 / 3, None], "b": ["x", "ü"]})
+    tables.write_table(table, tmp_path / "deep" / "one.csv")
+    tables.write_table(table, tmp_path / "two.csv")
+    assert (tmp_path / "deep" / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    assert pd.read_csv(tmp_path / "two.csv")["a"][0] == 1 / 3
+
+
+def test_read_published(tmp_path) -> None:
+    rouge = tables.published_metric(tables.read_published(PUBLISHED), "rougeL")
+    assert rouge["llama3.2-3b", "java", "finetuned", -1.0] == 0.425607
+    with pytest.raises(UserError, match="cannot be read"):
+        tables.read_published(tmp_path / "none.csv")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="lacks the column"):
+        tables.read_published(tmp_path / "other.csv")
+
+
+def test_imports_are_light() -> None:
+    code = (
+        "import sys, greencode.figures, greencode.tables; print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
