@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,6 +125,7 @@ class MultiExitTrainer(Trainer):
             report[f"{metric_key_prefix}_exit_{point}"] = loss
             report[f"{metric_key_prefix}_accuracy_{point}"] = hit
         self.log(dict(report))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, report)
         return report
 
     def log(self, logs, *args, **kwargs):
@@ -193,10 +195,12 @@ def finetune(
     model = models.load(base, dtype=torch.float32)
     points = tuple(settings["exit_points"])
     weights = lite_weights(points, tuple(settings["budgets"]), settings["decay"])
+    batch = settings["batch_size"] * settings["accumulation"]
+    per_epoch = math.ceil(len(train) / batch)
+    steps = math.ceil(settings["epochs"] * per_epoch)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
-        num_train_epochs=settings["epochs"],
-        max_steps=settings["max_steps"] or -1,
+        max_steps=min(settings["max_steps"] or steps, steps),  # the Trainer's own limit overrides epochs
         per_device_train_batch_size=settings["batch_size"],
         per_device_eval_batch_size=settings["batch_size"],
         gradient_accumulation_steps=settings["accumulation"],
@@ -238,15 +242,14 @@ def finetune(
     for file in Path(base).iterdir():
         if file.name.startswith(TOKENIZER_FILES):
             shutil.copy(file, out / file.name)
-    steps = trainer.state.global_step
-    per_step = settings["batch_size"] * settings["accumulation"] * train.shape[1]
+    epochs, rest = divmod(trainer.state.global_step, per_epoch)
     write_json(
         out / "loss_curve.json",
         {
             "exit_points": list(points),
             "weights": list(weights),
-            "tokens_seen": min(steps * per_step, int(train.size * settings["epochs"])),
-            "steps": steps,
+            "tokens_seen": epochs * train.size + rest * batch * train.shape[1],
+            "steps": trainer.state.global_step,
             "validation_before": {key.removeprefix("eval_"): value for key, value in before.items()},
             "validation_after": {key.removeprefix("eval_"): value for key, value in after.items()},
             "curve": [

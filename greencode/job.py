@@ -13,15 +13,19 @@ from typing import Any
 from greencode.errors import UserError
 
 
-def run(main: Callable[[Any], None], snakemake: Any) -> None:
+def run(main: Callable[[Any], None], snakemake: Any, online: bool = False) -> None:
     """Run `main(snakemake)` with its output in the rule's log.
+
+    Only a job that fetches something is `online`; the others never ask the hub, since compute nodes
+    cannot.
 
     An error that the user can mend ends the job with one sentence, in the log and on the terminal; any
     other error leaves its traceback in the log. A log that cannot be written, as on a full disk, takes
     the sentence away from no one.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not online:
+        os.environ["HF_HUB_OFFLINE"] = "1"
     logging.captureWarnings(True)
     sentence = f"{snakemake.log[0]} cannot be written."
     with (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,7 +191,6 @@ def _parameters(files: list[Path]) -> int:
 
 def _download(name: str, revision: str) -> Path:
     """A snapshot of a hub model in the local cache (HF_HOME)."""
-    os.environ["HF_HUB_OFFLINE"] = "0"
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 

@@ -22,4 +22,4 @@ def main(smk):
 
 
 if __name__ == "__main__":
-    job.run(main, snakemake)  # noqa: F821
+    job.run(main, snakemake, online=True)  # noqa: F821

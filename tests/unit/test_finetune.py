@@ -1,0 +1,355 @@
+"""Multi-exit fine-tuning: the loss by hand, the Trainer around it, interruption and repetition."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, TrainingArguments
+
+from greencode import config, models
+from greencode.corpus import Record
+from greencode.errors import UserError
+from greencode.exits import lite_weights
+from greencode.files import read_json
+from greencode.finetune import (
+    Blocks,
+    MultiExitTrainer,
+    exit_losses,
+    finetune,
+    last_checkpoint,
+    training_blocks,
+)
+from greencode.tokenise import load_tokenizer, pack, text_of, train_tokenizer
+
+torch.set_num_threads(1)
+
+VOCABULARY, LAYERS, POINTS, LENGTH = 37, 5, (2, 4, 5), 12
+WEIGHTS = lite_weights(POINTS)
+
+
+def make(family, seed=0, dropout=0.0):
+    """A small model whose norms and projections all matter; OPT has both projections."""
+    torch.manual_seed(seed)
+    common = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": LAYERS}
+    common |= {"num_attention_heads": 2, "max_position_embeddings": 32, "pad_token_id": 1}
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(intermediate_size=24, **common))
+    else:
+        model = OPTForCausalLM(OPTConfig(ffn_dim=24, word_embed_proj_dim=8, dropout=dropout, **common))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    return model
+
+
+def blocks(count, seed=0):
+    """Token blocks in which half of what comes next can be learned: each token is given twice."""
+    draw = np.random.default_rng(seed).integers(2, VOCABULARY, size=(count, LENGTH // 2))
+    return draw.repeat(2, axis=1).astype(np.int32)
+
+
+def losses_by_hand(model, ids):
+    """Cross-entropy at each exit from what the layers put out, and from the model's own logits at the end."""
+    decoder, outputs = model.get_decoder(), []
+    hooks = [
+        layer.register_forward_hook(lambda module, args, out: outputs.append(out)) for layer in decoder.layers
+    ]
+    final = model(input_ids=ids).logits
+    for hook in hooks:
+        hook.remove()
+    losses = []
+    for depth in POINTS:
+        logits = final
+        if depth < LAYERS:
+            state = outputs[depth - 1]
+            if model.config.model_type == "opt":
+                state = decoder.project_out(decoder.final_layer_norm(state))
+            else:
+                state = decoder.norm(state)
+            logits = model.lm_head(state)
+        nats = -logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])
+        losses.append(nats.mean())
+    return torch.stack(losses)
+
+
+def ids_of(data):
+    return torch.from_numpy(data.astype(np.int64))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_exit_losses_by_hand(family, recompute):
+    model, ids = make(family), ids_of(blocks(3))
+    expected = losses_by_hand(model, ids)
+    assert len({round(loss, 3) for loss in expected.tolist()}) == len(POINTS)  # else nothing is tested
+    torch.testing.assert_close(exit_losses(model, ids, POINTS, recompute), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_recomputing_changes_neither_losses_nor_gradients(family):
+    ids, found = ids_of(blocks(3)), []
+    for recompute in (False, True):
+        model = make(family)
+        losses = exit_losses(model, ids, POINTS, recompute)
+        (torch.tensor(WEIGHTS) * losses).sum().backward()
+        found.append((losses.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (losses, gradients), (again, recomputed) = found
+    torch.testing.assert_close(losses, again, rtol=0, atol=0)
+    assert max(gradient.abs().max() for gradient in gradients.values()) > 0
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, recomputed[name])
+
+
+def trainer_of(model, data, folder, weights=WEIGHTS, **arguments):
+    defaults = {"learning_rate": 1e-3, "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 3}
+    return MultiExitTrainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **(defaults | arguments)),
+        train_dataset=Blocks(data),
+        points=POINTS,
+        weights=weights,
+        recompute=False,
+    )
+
+
+def test_the_loss_is_the_weighted_mean_of_equation_1(tmp_path):
+    model, data = make("llama"), blocks(2)
+    trainer = trainer_of(model, data, tmp_path, weights=(3.0, 2.0, 1.0))
+    ids = ids_of(data)
+    first, second, last = losses_by_hand(model, ids)
+    loss, each = trainer.compute_loss(model, {"input_ids": ids}, return_outputs=True)
+    torch.testing.assert_close(loss, (3 * first + 2 * second + last) / 6)
+    torch.testing.assert_close(each, torch.stack([first, second, last]))
+
+
+def test_the_gradient_is_that_of_equation_1(tmp_path):
+    model, data = make("opt"), blocks(2)
+    (torch.tensor(WEIGHTS) * losses_by_hand(model, ids_of(data))).sum().backward()
+    expected = torch.cat([weight.grad.flatten() for weight in model.parameters()]).norm().item()
+    once = {"max_steps": 1, "per_device_train_batch_size": 2, "logging_steps": 1}
+    trainer = trainer_of(make("opt"), data, tmp_path, **once)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_accumulating_two_batches_of_one_is_one_batch_of_two(tmp_path):
+    logs, models_ = [], []
+    for batch, accumulation in ((2, 1), (1, 2)):
+        trainer = trainer_of(
+            make("llama"), blocks(8), tmp_path, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation, logging_steps=1, num_train_epochs=1,
+        )  # fmt: skip
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+        models_.append(trainer.model.state_dict())
+    assert len(logs[0]) == len(logs[1]) == 4
+    for one, two in zip(*logs, strict=True):
+        for key in ("loss", "grad_norm", "exit_2", "exit_4", "exit_5"):
+            assert one[key] == pytest.approx(two[key], rel=1e-3), key
+    for name, weight in models_[0].items():
+        torch.testing.assert_close(weight, models_[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    for family in ("llama", "opt"):
+        models.save(make(family, dropout=0.1), folder / family)
+        (folder / family / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def settings_of(**other):
+    study = config.complete({"datasets": {"d": {"language": "java", "source": {"kind": "tree"}}},
+                             "models": {"m": {"layers": LAYERS}}, "agents": {}})  # fmt: skip
+    small = {"exit_points": list(POINTS), "batch_size": 2, "accumulation": 1, "learning_rate": 3e-3}
+    often = {"max_steps": 6, "log_every": 1, "evaluate_every": 3, "save_every": 2}
+    return config.finetune_of(study, "d") | small | often | other
+
+
+def run(base, folder, seed=1, train=None, **other):
+    """Fine-tune and give the loss curve's file; the model lies in `folder / "out"`."""
+    train = blocks(12) if train is None else train
+    settings = settings_of(**other)
+    finetune(base, train, blocks(3, seed=9), settings, seed, "cpu", 1, folder / "checkpoints", folder / "out")
+    return read_json(folder / "out" / "loss_curve.json")
+
+
+def weights_of(folder):
+    return load_file(folder / "out" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(bases, tmp_path_factory):
+    """One uninterrupted run, with dropout, so that random states matter too."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(bases / "opt", folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_validation_before_is_that_of_the_base_model_by_hand(bases, tmp_path, family):
+    report = run(bases / family, tmp_path, max_steps=1)["validation_before"]
+    model, ids = models.load(bases / family), ids_of(blocks(3, seed=9))
+    expected = losses_by_hand(model, ids)
+    assert [report[f"exit_{point}"] for point in POINTS] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert report["loss"] == pytest.approx(np.dot(WEIGHTS, expected.tolist()), rel=1e-4)
+    with torch.inference_mode():
+        hits = model(ids).logits[:, :-1].argmax(-1) == ids[:, 1:]
+    assert report[f"accuracy_{LAYERS}"] == pytest.approx(hits.float().mean().item())
+
+
+def test_the_loss_of_every_exit_falls_and_is_logged(bases, tmp_path):
+    record = run(
+        bases / "llama", tmp_path, train=blocks(400), max_steps=0, epochs=1.0, batch_size=8,
+        learning_rate=1e-2, log_every=5, evaluate_every=20, save_every=50,
+    )  # fmt: skip
+    before, after = record["validation_before"], record["validation_after"]
+    for point in POINTS:
+        assert after[f"exit_{point}"] < before[f"exit_{point}"] - 0.3
+        assert after[f"accuracy_{point}"] > before[f"accuracy_{point}"] + 0.1
+    steps = [entry for entry in record["curve"] if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(5, 51, 5))
+    for entry in steps:
+        exits = [entry[f"exit_{point}"] for point in POINTS]
+        assert entry["loss"] == pytest.approx(np.dot(WEIGHTS, exits), rel=1e-3)
+    assert [entry["step"] for entry in record["curve"] if "eval_loss" in entry] == [20, 40, 50]
+    assert record["weights"] == pytest.approx(WEIGHTS)
+    assert record["exit_points"] == list(POINTS)
+
+
+def test_the_first_logged_loss_is_the_base_models(bases, tmp_path):
+    data = blocks(4)
+    record = run(bases / "llama", tmp_path, train=data, batch_size=4, max_steps=1)
+    expected = losses_by_hand(models.load(bases / "llama"), ids_of(data))
+    first = record["curve"][0]
+    assert [first[f"exit_{point}"] for point in POINTS] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("other", "steps", "seen"),
+    [
+        ({"max_steps": 0}, 2, 7),  # one epoch of 7 blocks, 4 in a step
+        ({"max_steps": 1}, 1, 4),
+        ({"max_steps": 3}, 2, 7),  # at most: the epoch ends first
+        ({"max_steps": 0, "epochs": 1.5}, 3, 7 + 4),
+        ({"max_steps": 4, "epochs": 9.0}, 4, 7 + 7),
+    ],
+)
+def test_epochs_and_max_steps_both_limit_the_run(bases, tmp_path, other, steps, seen):
+    record = run(bases / "llama", tmp_path, train=blocks(7), accumulation=2, **other)
+    assert (record["steps"], record["tokens_seen"]) == (steps, seen * LENGTH)
+
+
+def test_the_model_directory_is_complete(bases, whole):
+    folder, _ = whole
+    assert (folder / "out" / "tokenizer.json").read_text() == "{}"
+    model = models.load(folder / "out")
+    before = models.load(bases / "opt").state_dict()
+    assert any(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(bases, whole, tmp_path):
+    folder, record = whole
+    assert run(bases / "opt", tmp_path / "again") == record
+    run(bases / "opt", tmp_path / "other", seed=2)
+    first, again, other = (
+        (path / "out" / "model.safetensors").read_bytes()
+        for path in (folder, tmp_path / "again", tmp_path / "other")
+    )
+    assert first == again
+    assert first != other
+
+
+def test_an_interrupted_run_resumes_to_the_same_model(bases, whole, tmp_path, monkeypatch):
+    folder, record = whole
+    step = MultiExitTrainer.training_step
+
+    def killed_in_the_fifth_step(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(MultiExitTrainer, "training_step", killed_in_the_fifth_step)
+    with pytest.raises(KeyboardInterrupt):
+        run(bases / "opt", tmp_path)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    # As if killed while it saved the next checkpoint: weights without the state that is written last.
+    half = tmp_path / "checkpoints" / "checkpoint-5"
+    shutil.copytree(tmp_path / "checkpoints" / "checkpoint-4", half)
+    (half / "trainer_state.json").unlink()
+    assert run(bases / "opt", tmp_path) == record
+    for name, weight in weights_of(folder).items():
+        torch.testing.assert_close(weights_of(tmp_path)[name], weight, rtol=0, atol=0)
+
+
+def test_a_run_killed_after_its_last_step_only_writes_its_results(bases, whole, tmp_path):
+    folder, record = whole
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    assert run(bases / "opt", tmp_path) == record
+    assert all(torch.equal(weight, weights_of(folder)[name]) for name, weight in weights_of(tmp_path).items())
+
+
+def test_last_checkpoint_is_the_newest_whole_one(tmp_path):
+    assert last_checkpoint(tmp_path / "none") is None
+    for number, state in ((9, "{}"), (10, "{}"), (11, '{"global_'), (100, None)):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_gradient_checkpointing_gives_the_same_model(bases, tmp_path):
+    records = [
+        run(bases / "llama", tmp_path / str(saving), gradient_checkpointing=saving, max_steps=3)
+        for saving in (False, True)
+    ]
+    assert records[0]["validation_after"] == pytest.approx(records[1]["validation_after"], rel=1e-4)
+    plain = weights_of(tmp_path / "False")
+    for name, weight in weights_of(tmp_path / "True").items():
+        torch.testing.assert_close(weight, plain[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bf16_trains_about_as_float32_does(bases, tmp_path, checkpointing):
+    other = {"gradient_checkpointing": checkpointing, "max_steps": 3}
+    reports = [run(bases / "llama", tmp_path / str(bf16), bf16=bf16, **other) for bf16 in (False, True)]
+    exact, rounded = (report["validation_after"]["loss"] for report in reports)
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_saved_in_the_type_asked_for(bases, tmp_path, dtype):
+    run(bases / "llama", tmp_path, save_dtype=dtype, max_steps=1)
+    assert {weight.dtype for weight in weights_of(tmp_path).values()} == {getattr(torch, dtype)}
+    assert models.load(tmp_path / "out").dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([text_of(record.code) for record in records(30)], 300, 64, folder)
+    return load_tokenizer(folder)
+
+
+def records(count):
+    return [Record(i, f"{i}.py", ["<s>", "x", "=", f"{i}", "<EOL>", "y", "</s>"]) for i in range(count)]
+
+
+def test_training_blocks_hold_the_files_in_seeded_order(tokenizer):
+    settings = settings_of(seed=5, sequence_length=8)
+    order = np.random.default_rng(5).permutation(100)
+    files = [tokenizer(f"x = {index} <EOL> y")["input_ids"] for index in order]
+    found = training_blocks(tokenizer, records(100), settings, 0)
+    np.testing.assert_array_equal(found, pack(files, 8))
+    np.testing.assert_array_equal(training_blocks(tokenizer, records(100), settings, 7), found[:7])
+    assert not np.array_equal(training_blocks(tokenizer, records(100), settings | {"seed": 6}, 0), found)
+
+
+def test_too_few_tokens_for_a_block_are_named(tokenizer):
+    with pytest.raises(UserError, match="fewer than one sequence of 500"):
+        training_blocks(tokenizer, records(3), settings_of(seed=5, sequence_length=500), 0)
