@@ -32,7 +32,7 @@ dry-run: setup ## what would run, and why
 	$(BIN)/snakemake --cores $(CORES) --dry-run figures
 
 clean: ## delete results and logs, keep .venv
-	rm -rf results logs benchmarks/*.tsv .snakemake
+	rm -rf results logs .snakemake && find benchmarks -name '*.tsv' -delete
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'

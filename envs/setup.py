@@ -52,7 +52,7 @@ def install() -> bool:
 
 def main() -> None:
     """Create or update the environment; nothing to do if it is current."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - any Python may start this
         found = ".".join(map(str, sys.version_info[:2]))
         stop(f"Python {found} is too old; install Python 3.11 or newer, or run `make PYTHON=python3.11 ...`.")
     files = [ROOT / "requirements.in", ROOT / "requirements.lock", Path(__file__)]
@@ -64,7 +64,9 @@ def main() -> None:
     if free < NEEDED_BYTES:
         stop(f"{free / 2**30:.1f} GiB are free here and {NEEDED_BYTES / 2**30:.0f} are needed; make room.")
     print("setup: installing into .venv (minutes, once) ...", file=sys.stderr)
-    if not PYTHON.exists():
+    # A set-up that was killed can leave a Python without pip.
+    has_pip = "import importlib.util as u; exit(not u.find_spec('pip'))"
+    if not PYTHON.exists() or not run(str(PYTHON), "-c", has_pip):
         try:
             venv.create(VENV, with_pip=True, clear=True)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -189,3 +190,47 @@ def code_of(script: str | Path) -> str:
                 names = [inner] if inner else [alias.name for alias in node.names]
                 todo += [ROOT / "greencode" / f"{name}.py" for name in names]
     return hashlib.sha256(repr(sorted(seen.items())).encode()).hexdigest()[:16]
+
+
+def options_markdown() -> str:
+    """Every key of the schema as Markdown tables, one per top-level block, for config/README.md.
+
+    `*` in a key stands for a name that the study chooses.
+    """
+    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    tables: dict[str, list[str]] = {"Top level": []}
+    for name, part in schema["properties"].items():
+        title = f"`{name}`" if part.get("type") == "object" else "Top level"
+        tables.setdefault(title, []).extend(_option_rows(name, part, name in schema["required"]))
+    head = "| key | value | default | meaning |\n|---|---|---|---|\n"
+    return "\n".join(f"## {title}\n\n{head}{''.join(rows)}" for title, rows in tables.items())
+
+
+def _option_rows(path: str, part: dict[str, Any], required: bool = False) -> list[str]:
+    """Table rows of a key and of the keys below it."""
+    if "$ref" in part:
+        part = {"type": "object", "description": f"Keys of `{part['$ref'].rpartition('/')[2]}`."}
+    default = "" if part.get("default") == {} else part.get("default", "")
+    shown = default if isinstance(default, str) else json.dumps(default)
+    cells = [f"`{path}`", _kind(part), "required" if required else shown and f"`{shown}`"]
+    rows = []
+    if "description" in part:
+        meaning = part["description"].replace("<", "\\<").replace("|", "\\|")
+        rows = ["| " + " | ".join([*cells, meaning]) + " |\n"]
+    for name, inner in part.get("properties", {}).items():
+        rows += _option_rows(f"{path}.{name}", inner, name in part.get("required", []))
+    if isinstance(part.get("additionalProperties"), dict):
+        rows += _option_rows(f"{path}.*", part["additionalProperties"])
+    return rows
+
+
+def _kind(part: dict[str, Any]) -> str:
+    """What a value may be, in words."""
+    if "enum" in part:
+        return " or ".join(f"`{value}`" for value in part["enum"])
+    if part["type"] == "array":
+        count = f"{part['minItems']} x" if "maxItems" in part else "list of"
+        return f"{count} {_kind(part['items'])}"
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    kind = {"object": "block", "boolean": "true or false"}.get(part["type"], part["type"])
+    return ", ".join([kind, *(f"{sign} {part[key]}" for key, sign in signs.items() if key in part)])

@@ -233,7 +233,8 @@ def finetune(
     last = last_checkpoint(checkpoints)
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=last and str(last))
-    after = trainer.evaluate()
+    # The Trainer evaluates after the last step too.
+    after = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -250,8 +251,8 @@ def finetune(
             "weights": list(weights),
             "tokens_seen": epochs * train.size + rest * batch * train.shape[1],
             "steps": trainer.state.global_step,
-            "validation_before": {key.removeprefix("eval_"): value for key, value in before.items()},
-            "validation_after": {key.removeprefix("eval_"): value for key, value in after.items()},
+            "validation_before": _without_prefix(before),
+            "validation_after": _without_prefix(after),
             "curve": [
                 {k: v for k, v in entry.items() if k not in ("epoch", "grad_norm")}
                 for entry in trainer.state.log_history
@@ -259,3 +260,7 @@ def finetune(
             ],
         },
     )
+
+
+def _without_prefix(report: dict[str, float]) -> dict[str, float]:
+    return {key.removeprefix("eval_"): value for key, value in report.items() if key.startswith("eval_")}

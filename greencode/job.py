@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 import traceback
@@ -26,7 +25,6 @@ def run(main: Callable[[Any], None], snakemake: Any, online: bool = False) -> No
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not online:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    logging.captureWarnings(True)
     sentence = f"{snakemake.log[0]} cannot be written."
     with (
         contextlib.suppress(OSError),

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,15 +17,34 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("Snakefile", "greencode", "workflow", "config", "profiles", "envs")
 
+# To import snakemake takes longer than most of what the tests ask of it: every run is a fork of one process.
+SERVER = """
+import json, os, sys
+import snakemake.cli
+
+for line in sys.stdin:
+    folder, arguments = json.loads(line)
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    os.chdir(folder)
+    for descriptor, name in enumerate((os.devnull, "stdout.txt", "stderr.txt")):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.exit(snakemake.cli.main(arguments))
+"""
+
 
 class Study:
     """A folder with the repository's code and a config of its own."""
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
+    def __init__(self, folder, server):
+        self.folder, self.server = Path(folder), server
         for name in CODE:
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            copy(ROOT / name, self.folder / name)
+            if (ROOT / name).is_dir():
+                ignore = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / name, self.folder / name, ignore=ignore)
+            else:
+                shutil.copy(ROOT / name, self.folder)
         (self.folder / "resources").mkdir()
         shutil.copy(ROOT / "resources/published_values.csv", self.folder / "resources")
 
@@ -34,39 +54,29 @@ class Study:
         (self.folder / "config/config.yaml").write_text(text)
 
     def snakemake(self, *arguments, cores=2):
-        """Run snakemake to its end; stdout, stderr and exit code."""
-        return subprocess.run(
-            self.command(*arguments, cores=cores), cwd=self.folder, capture_output=True, text=True
-        )
+        """Run snakemake to its end: its stdout, stderr and returncode."""
+        print(json.dumps([str(self.folder), [f"-c{cores}", *arguments]]), file=self.server.stdin, flush=True)
+        returncode = int(self.server.stdout.readline())
+        outputs = {name: (self.folder / f"{name}.txt").read_text() for name in ("stdout", "stderr")}
+        return SimpleNamespace(returncode=returncode, **outputs)
 
-    @staticmethod
-    def command(*arguments, cores=2):
-        """The command line of `snakemake`."""
-        return [sys.executable, "-m", "snakemake", f"-c{cores}", *arguments]
-
-    def pending(self, target="figures"):
-        """{output file: rule} of what a run would make anew."""
+    def summary(self, target="figures"):
+        """(file, rule, whether a run would make it anew) of every output that the target needs."""
         done = self.snakemake("--summary", target)
         assert done.returncode == 0, done.stderr
         rows = [line.split("\t") for line in done.stdout.splitlines()[1:]]
-        return {row[0]: row[2] for row in rows if row[-1] == "update pending"}
-
-    def outputs(self, target="figures"):
-        """Every file that the target needs a rule for."""
-        done = self.snakemake("--summary", target)
-        assert done.returncode == 0, done.stderr
-        return [line.split("\t")[0] for line in done.stdout.splitlines()[1:]]
+        return [(row[0], row[2], row[-1] == "update pending") for row in rows]
 
     @contextlib.contextmanager
-    def edited(self, path, text="\n# An edit.\n"):
-        """`path` with `text` at its end, and afterwards as before, time stamp included."""
+    def edited(self, path, edit):
+        """A file after `edit` of its bytes, and afterwards as before, time stamp included."""
         path = self.folder / path
-        before, stat = path.read_text(), path.stat()
-        path.write_text(before + text)
+        before, stat = path.read_bytes(), path.stat()
+        path.write_bytes(edit(before))
         try:
             yield
         finally:
-            path.write_text(before)
+            path.write_bytes(before)
             os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
@@ -81,7 +91,10 @@ def stub_model(folder, family="llama", layers=8):
 @pytest.fixture(scope="session")
 def new_study(tmp_path_factory):
     """Makes studies whose config is still the default study's."""
-    return lambda name: Study(tmp_path_factory.mktemp(name))
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        yield lambda name: Study(tmp_path_factory.mktemp(name), server)
+        server.stdin.close()
 
 
 @pytest.fixture(scope="session")

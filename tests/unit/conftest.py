@@ -1,5 +1,6 @@
 """Tiny models of every supported family, with random weights that give clear-cut answers."""
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from zlib import crc32
@@ -87,7 +88,7 @@ def make_agent() -> Callable[..., ExitPolicy]:
         sizes = (size, *hidden, 2)
         layers = [
             (rng.normal(size=(out, into)) / into**0.5, rng.normal(size=out) / 2)
-            for into, out in zip(sizes, sizes[1:], strict=False)
+            for into, out in itertools.pairwise(sizes)
         ]
         return ExitPolicy(layers, points, "final_norm", "tiny", Reward(), Settings(), {})
 

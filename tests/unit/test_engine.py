@@ -1,4 +1,5 @@
 import gc
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from greencode.policies import AgentExit, FixedExit
 
 DEPTH = 6
 POINTS = (1, 2, 4, DEPTH)
-FEW = settings(max_examples=8, deadline=None, derandomize=True, database=None)
+FEW = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 CONTEXTS = st.lists(st.integers(0, 60), min_size=1, max_size=14)
 DEPTHS = st.lists(st.sampled_from(POINTS), min_size=1, max_size=9)
 
@@ -85,7 +86,10 @@ def counted(model: PreTrainedModel) -> Iterator[Counts]:
 def generated(model: PreTrainedModel, context: list[int], new_tokens: int) -> list[int]:
     """What transformers' own greedy search says."""
     ids = torch.tensor([context])
-    return model.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, len(context) :].tolist()
+    done = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
+    )
+    return done[0, len(context) :].tolist()
 
 
 def read_at(model: PreTrainedModel, context: list[int], depth: int, new_tokens: int) -> list[int]:
@@ -194,7 +198,7 @@ def test_propagate_is_exact_until_a_filled_position_is_read(model):
 
 
 def test_propagate_diverges_measurably(tiny, record_property):
-    # Random weights are a hard case: nothing has taught neighbouring layers to agree.
+    # A third of the tokens here. Random weights are a hard case: their layers were never taught to agree.
     engine = Engine(tiny("llama"), POINTS)
     differing = total = 0
     for seed in range(12):
@@ -207,11 +211,7 @@ def test_propagate_diverges_measurably(tiny, record_property):
         differing += sum(a != b for a, b in zip(found.tokens, exact.tokens, strict=True))
         total += 15
     record_property("propagate_differing_tokens", differing / total)
-    assert differing / total == pytest.approx(PROPAGATE_DIFFERS, abs=0.1)
-
-
-PROPAGATE_DIFFERS = 0.5
-"""Share of tokens after which `propagate` and `none` differ, of 12 completions of 15 tokens."""
+    assert differing / total == pytest.approx(1 / 3, abs=0.1)
 
 
 # Work
@@ -224,7 +224,7 @@ def expected_positions(kv: str, depths: list[int], context: int, layer: int) -> 
         return [context + token for token in passing]
     if kv == "deferred":
         ends = [0] + [context + token for token in passing]
-        return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        return [end - start for start, end in itertools.pairwise(ends)]
     return [context] + [1 for token in (range(1, len(depths)) if kv == "full" else passing) if token]
 
 
@@ -451,7 +451,7 @@ def test_exit_points_are_checked(tiny):
 
 def test_other_families_are_refused():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=1))
-    with pytest.raises(UserError, match="gpt2.*llama, mistral, qwen2, qwen3, opt"):
+    with pytest.raises(UserError, match=r"gpt2.*llama, mistral, qwen2, qwen3, opt"):
         Engine(model)
 
 
@@ -479,7 +479,7 @@ def test_two_engines_share_one_model(model):
 def test_requests_leave_nothing_behind(engine):
     def tensors() -> int:
         gc.collect()
-        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
     def request(kv: str) -> list[int]:
         return engine.complete(context_of(8), 6, Script([1, 6, 2, 1, 4, 6]), kv=kv).tokens

@@ -1,5 +1,7 @@
 """The exit-point rule and the LITE weights, against the paper (section III-D, Fig. 3)."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +42,7 @@ def test_a_model_shallower_than_the_first_exit_has_none(layers):
 def test_exit_points_follow_the_strides(layers):
     points = exit_points(layers)
     assert check_exit_points(points, layers) == points
-    for point, following in zip(points[:-2], points[1:-1], strict=True):
+    for point, following in itertools.pairwise(points[:-1]):
         assert following - point == (2 if following <= layers // 2 else 4)
     assert len(points) == 1 or points[-1] - points[-2] <= 4
 

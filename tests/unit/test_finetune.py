@@ -243,11 +243,15 @@ def test_epochs_and_max_steps_both_limit_the_run(bases, tmp_path, other, steps, 
 
 
 def test_the_model_directory_is_complete(bases, whole):
-    folder, _ = whole
+    folder, record = whole
     assert (folder / "out" / "tokenizer.json").read_text() == "{}"
     model = models.load(folder / "out")
     before = models.load(bases / "opt").state_dict()
     assert any(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    expected = losses_by_hand(model, ids_of(blocks(3, seed=9))).tolist()
+    found = record["validation_after"]
+    assert [found[f"exit_{point}"] for point in POINTS] == pytest.approx(expected, rel=1e-4)
+    assert set(found) == set(record["validation_before"])
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(bases, whole, tmp_path):
@@ -262,33 +266,43 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(bases, who
     assert first != other
 
 
-def test_an_interrupted_run_resumes_to_the_same_model(bases, whole, tmp_path, monkeypatch):
-    folder, record = whole
-    step = MultiExitTrainer.training_step
+@pytest.fixture
+def steps(monkeypatch):
+    """Numbers of the steps that are run; a 0 put in front stops the run at its fifth, as a kill would."""
+    done, step = [], MultiExitTrainer.training_step
 
-    def killed_in_the_fifth_step(self, *args, **kwargs):
-        if self.state.global_step == 4:
+    def counted(self, *args, **kwargs):
+        done.append(self.state.global_step + 1)
+        if done[0] == 0 and done[-1] == 5:
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(MultiExitTrainer, "training_step", killed_in_the_fifth_step)
+    monkeypatch.setattr(MultiExitTrainer, "training_step", counted)
+    return done
+
+
+def test_an_interrupted_run_resumes_to_the_same_model(bases, whole, tmp_path, steps):
+    folder, record = whole
+    steps.append(0)
     with pytest.raises(KeyboardInterrupt):
         run(bases / "opt", tmp_path)
-    monkeypatch.undo()
+    steps.clear()
     assert not (tmp_path / "out").exists()
     # As if killed while it saved the next checkpoint: weights without the state that is written last.
     half = tmp_path / "checkpoints" / "checkpoint-5"
     shutil.copytree(tmp_path / "checkpoints" / "checkpoint-4", half)
     (half / "trainer_state.json").unlink()
     assert run(bases / "opt", tmp_path) == record
+    assert steps == [5, 6]
     for name, weight in weights_of(folder).items():
         torch.testing.assert_close(weights_of(tmp_path)[name], weight, rtol=0, atol=0)
 
 
-def test_a_run_killed_after_its_last_step_only_writes_its_results(bases, whole, tmp_path):
+def test_a_run_killed_after_its_last_step_only_writes_its_results(bases, whole, tmp_path, steps):
     folder, record = whole
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
     assert run(bases / "opt", tmp_path) == record
+    assert steps == []
     assert all(torch.equal(weight, weights_of(folder)[name]) for name, weight in weights_of(tmp_path).items())
 
 

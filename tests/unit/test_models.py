@@ -63,7 +63,12 @@ def test_an_unsupported_family_is_named_with_those_supported(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "fault"),
-    [(None, "config.json does not exist"), ("{", "cannot be read as JSON"), ("[]", "family None"), ("{}", "None")],
+    [
+        (None, "config.json does not exist"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "family None"),
+        ("{}", "None"),
+    ],
 )
 def test_a_missing_or_broken_configuration_is_named(tiny, content, fault):
     (tiny / "config.json").unlink()
@@ -120,7 +125,7 @@ def test_sharded_weights_are_those_of_one_file(tiny, made):
 def test_a_missing_shard_is_named(tiny):
     shard(tiny)
     (tiny / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match="lacks model-00002-of-00002.safetensors, which its index names"):
+    with pytest.raises(UserError, match=r"lacks model-00002-of-00002\.safetensors, which its index names"):
         models.check_weights(tiny)
 
 

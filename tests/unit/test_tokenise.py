@@ -60,7 +60,15 @@ def test_decoding_gives_any_text_back(tokenizer, text):
 def test_tokens_stay_within_those_of_codexglue(tokenizer):
     """Every CodeXGLUE token with its blank is a pre-token of its own; frequent ones are one model token."""
     ids = tokenizer("def x <EOL> return x ; }")["input_ids"][1:]
-    assert [tokenizer.decode([token]) for token in ids] == ["def", " x", " <EOL>", " return", " x", " ;", " }"]
+    assert [tokenizer.decode([token]) for token in ids] == [
+        "def",
+        " x",
+        " <EOL>",
+        " return",
+        " x",
+        " ;",
+        " }",
+    ]
 
 
 def test_special_tokens_and_size(tokenizer):

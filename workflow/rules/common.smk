@@ -8,9 +8,10 @@ from pathlib import Path
 from greencode import config as study
 from greencode.errors import UserError
 from greencode.exits import lite_weights
-from snakemake.exceptions import WorkflowError
 
 REPOSITORY = Path(workflow.basedir)
+# Snakemake leaves it empty, and Python drops every warning that is raised from code without a name.
+__name__ = "workflow"
 
 
 def checked(config):
@@ -26,7 +27,8 @@ def checked(config):
                 print(f"Warning: {warning}", file=sys.stderr)
         return completed
     except UserError as error:
-        raise WorkflowError(str(error)) from None
+        # An exception would bring a trace of the rules, and go to stdout in a dry-run.
+        sys.exit(str(error))
 
 
 def alive():
@@ -70,9 +72,20 @@ wildcard_constraints:
 
 
 @functools.cache
-def code(script):
-    """What a rule's script does, as a param: see greencode.config.code_of."""
+def code_hash(script):
     return study.code_of(REPOSITORY / "workflow" / "scripts" / f"{script}.py")
+
+
+def code(script):
+    """What a rule's script does, as a param: see greencode.config.code_of.
+
+    A function, so that a job, which reads all rules again, hashes its own script only.
+    """
+
+    def hashed(wildcards):
+        return code_hash(script)
+
+    return hashed
 
 
 def files_at(path):

@@ -1,0 +1,282 @@
+"""A tiny study from source code to every figure, by the real snakemake."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from greencode.corpus import read_split
+from greencode.lexing import encode_tokens, plain_tokens
+from greencode.results import Evaluation, Generation
+from greencode.tokenise import text_of, train_tokenizer
+
+CONFIG = {
+    "datasets": {"code": {"language": "python", "source": {"kind": "tree", "path": "sources"}}},
+    "models": {"tiny": {"path": "model", "layers": 8}},
+    "data": {"fractions": [0.6, 0.2, 0.2]},
+    "finetune": {
+        "sequence_length": 64,
+        "accumulation": 1,
+        "learning_rate": 0.003,
+        "max_blocks": 20,
+        "validation_blocks": 4,
+        "log_every": 1,
+        "evaluate_every": 2,
+        "save_every": 2,
+    },
+    "trajectories": {"train_episodes": 16, "validation_episodes": 8, "new_tokens": 5, "batch_size": 8},
+    "agents": {"agent": {"preset": "small", "steps": 512, "environments": 4}},
+    "thresholds": [0.5],
+    "generate": {"samples": 4, "warmup": 1, "idle_seconds": 0},
+    "overhead": {"samples": 2, "repeats": 1},
+    "evaluate": {"resamples": 50},
+    "figures": {"dpi": 60},
+}
+METHODS = ["base", "full", "fixed-4", "agent-T0.5"]
+FIGURES = [
+    "fig01_fixed_exit",
+    "fig03_exit_weights",
+    "fig04_loss_curves",
+    "fig06_agent_reward",
+    "fig07_optimal_exits",
+    "fig08_tiny_code",
+    "published_vs_measured",
+]
+TABLES = ["table1_datasets", "table2_models", "table3_ppo", "table4_overhead", "summary", "all_results"]
+
+
+def source_files(number=60):
+    """Small Python files, all different."""
+    draw = random.Random(0)
+    for index in range(number):
+        lines = []
+        for function in range(draw.randint(6, 12)):
+            name, other = draw.sample(["count", "total", "item", "value", "index", "size"], 2)
+            lines += [
+                f"def {name}_{index}_{function}({name}, {other}={draw.randint(0, 9)}):",
+                f"    if {name} {draw.choice('<>')} {other}:",
+                f"        return {name} {draw.choice('+-*')} {draw.randint(0, 9)}",
+                f"    return [{other}, {name}]",
+            ]
+        yield "\n".join(lines) + "\n"
+
+
+def prepare(study):
+    """Sources, a model with random weights and its tokenizer, and the config."""
+    folder, codes = study.folder / "sources", []
+    folder.mkdir()
+    for index, text in enumerate(source_files()):
+        (folder / f"file{index:02d}.py").write_text(text)
+        codes.append(encode_tokens(plain_tokens(text, "python"), "python", "raw"))
+    train_tokenizer(map(text_of, codes), 400, 1024, study.folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(study.folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(study.folder / "model")
+    study.configure(CONFIG)
+    return study
+
+
+def killed_when(study, pattern):
+    """Start the study and kill it with all its jobs as soon as a file of this pattern is there."""
+    log = open(study.folder / "killed.txt", "w")  # noqa: SIM115 - closed with the process
+    command = [sys.executable, "-m", "snakemake", "-c2", "figures"]
+    run = subprocess.Popen(command, cwd=study.folder, stderr=log, start_new_session=True)
+    while not any(study.folder.glob(pattern)):
+        assert run.poll() is None, (study.folder / "killed.txt").read_text()
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    log.close()
+    assert any((study.folder / ".snakemake/locks").iterdir())
+
+
+@pytest.fixture(scope="module")
+def study(new_study):
+    """A study that ran from nothing to every figure and table."""
+    study = prepare(new_study("study"))
+    done = study.snakemake("figures")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return study
+
+
+def test_every_target_is_there(study):
+    expected = {f"figures/{name}.{end}" for name in FIGURES for end in ("pdf", "png", "csv")}
+    expected |= {f"tables/{name}.csv" for name in TABLES} | {"tables/summary.md"}
+    results = study.folder / "results"
+    found = {f"{path.parent.name}/{path.name}" for path in results.glob("[ft]*s/*.*")}
+    assert found == expected
+    for method in METHODS:
+        assert (results / f"evaluation/tiny/code/{method}.json").is_file()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_hold_something(study, name):
+    stem = study.folder / "results/figures" / name
+    pdf, png = (stem.with_suffix(end).read_bytes() for end in (".pdf", ".png"))
+    assert pdf.startswith(b"%PDF")
+    assert pdf.rstrip().endswith(b"%%EOF")
+    assert png.startswith(b"\x89PNG")
+    assert len(png) > 5000
+
+
+@pytest.mark.parametrize("name", [f"figures/{name}" for name in FIGURES] + [f"tables/{n}" for n in TABLES])
+def test_csv_files_can_be_read(study, name):
+    with open(study.folder / f"results/{name}.csv", newline="", encoding="utf-8") as stream:
+        head, *rows = csv.reader(stream)
+    assert rows
+    assert len(set(head)) == len(head) > 1
+    assert all(len(row) == len(head) for row in rows)
+
+
+def test_nothing_temporary_is_left(study):
+    left = [
+        path
+        for path in (study.folder / "results").rglob("*")
+        if path.name.startswith((".", "tmp", "checkpoint"))
+    ]
+    assert left == []
+
+
+def test_results_say_how_they_were_made(study):
+    results = study.folder / "results"
+    heads = [json.loads(path.read_text().splitlines()[0]) for path in results.glob("generations/*/*/*.jsonl")]
+    records = [json.loads(path.read_text()) for path in results.glob("evaluation/*/*/*.json")]
+    records += [json.loads(path.read_text()) for path in results.glob("overhead/*/*/*.json")]
+    records += [json.loads(path.read_text()) for path in results.glob("agents/*/*/*/learning.json")]
+    assert len(heads + records) == 2 * len(METHODS) + 2
+    for record in heads + records:
+        made = record["provenance"]
+        assert made["config_hash"]
+        assert made["seed"] == 1
+        assert {"python", "torch"} <= set(made["versions"]) or "numpy" in made["versions"]
+        assert made["started"].startswith("20")
+    for head in heads:
+        assert head["energy_source"] in ("nvml", "rapl", "estimate")
+        assert head["provenance"]["dtype"] == "float32"
+        assert head["provenance"]["kv"] == ("full" if head["method"] in ("base", "full") else "deferred")
+
+
+def test_the_scores_are_of_the_samples_asked_for(study):
+    for method in METHODS:
+        evaluation = Evaluation.read(study.folder / f"results/evaluation/tiny/code/{method}.json")
+        assert evaluation.samples == CONFIG["generate"]["samples"]
+        assert all(0 <= score.low <= score.value <= score.high <= 1 for score in evaluation.quality.values())
+    assert set(evaluation.depth_counts) <= {4, 8}
+
+
+@pytest.mark.parametrize(("method", "weights"), [("base", "base"), ("full", "code")])
+def test_full_depth_equals_greedy_generate(study, method, weights):
+    directory = study.folder / "results/models/tiny" / weights
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(directory),
+        AutoTokenizer.from_pretrained(directory),
+    )
+    records = read_split(study.folder / "results/data/code/test.jsonl.gz")
+    generation = Generation.read(study.folder / f"results/generations/tiny/code/{method}.jsonl")
+    for done in generation.completions:
+        file = tokenizer(" ".join(records[done.id].code[1:-1]), return_tensors="pt")["input_ids"]
+        length = done.context_tokens
+        assert length == file.shape[1] // 5
+        assert done.reference == file[0, length : length + 15].tolist()
+        expected = model.generate(file[:, :length], do_sample=False, max_new_tokens=15)[0, length:]
+        assert done.tokens == expected.tolist()
+        assert set(done.depths) == {8}
+
+
+def test_a_fixed_exit_runs_its_layers_only(study):
+    generation = Generation.read(study.folder / "results/generations/tiny/code/fixed-4.jsonl")
+    for done in generation.completions:
+        assert set(done.depths) == {4}
+        assert done.layer_positions == 4 * (done.context_tokens + len(done.tokens) - 1)
+
+
+def test_a_second_run_has_nothing_to_do(study):
+    done = study.snakemake("figures")
+    assert done.returncode == 0
+    assert "Nothing to be done" in done.stderr
+
+
+def test_the_report_has_captions_and_categories(study):
+    done = study.snakemake("--report", "report.html", "figures")
+    assert done.returncode == 0, done.stderr
+    report = (study.folder / "report.html").read_text(encoding="utf-8")
+    for category in (
+        "1 Motivation",
+        "2 Fine-tuning",
+        "3 Agent",
+        "4 Results",
+        "5 Against the paper",
+        "6 Tables",
+    ):
+        assert category in report
+    for name in FIGURES:
+        assert f"{name}.png" in report
+    assert "tiny on code" in report
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_completed_by_the_same_command(study, new_study):
+    killed = prepare(new_study("killed"))
+    for pattern in (
+        "results/data/code/.*.gz",
+        "results/models/tiny/code/checkpoints/*/checkpoint-*",
+        "results/models/tiny/code/model.safetensors",
+        "logs/train_agent/*/*/*",
+        "results/generations/tiny/code/*.jsonl",
+    ):
+        killed_when(killed, pattern)
+    done = killed.snakemake("figures")
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in (
+        "data/code/*",
+        "models/tiny/code/*.safetensors",
+        "agents/tiny/code/agent/policy.safetensors",
+    ):
+        whole = {path.name: path.read_bytes() for path in (study.folder / "results").glob(name)}
+        assert whole
+        assert whole == {path.name: path.read_bytes() for path in (killed.folder / "results").glob(name)}
+    for method in METHODS:
+        name = f"results/evaluation/tiny/code/{method}.json"
+        whole, again = (Evaluation.read(one.folder / name) for one in (study, killed))
+        assert (whole.quality, whole.depth_counts) == (again.quality, again.depth_counts)
+    left = [
+        path for path in (killed.folder / "results").rglob("*") if path.name.startswith((".", "checkpoint"))
+    ]
+    assert left == []
+
+
+@pytest.mark.slow
+def test_a_run_beside_another_is_refused(new_study):
+    study = prepare(new_study("beside"))
+    command = [sys.executable, "-m", "snakemake", "-c1", "figures"]
+    first = subprocess.Popen(command, cwd=study.folder, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while not any(study.folder.glob("logs/prepare_corpus/*")):
+            assert first.poll() is None
+            time.sleep(0.02)
+        second = study.snakemake("figures")
+        assert second.returncode != 0
+        assert "Directory cannot be locked" in second.stderr
+        assert first.poll() is None
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()

@@ -1,0 +1,265 @@
+"""A base model from scratch in small: tokenizer, blocks, training, validation, model card."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from greencode import models
+from greencode.errors import UserError
+from greencode.files import read_json, write_json, write_text
+from greencode.pretrain import (
+    build_blocks,
+    build_tokenizer,
+    model_card,
+    new_model,
+    tokens_of,
+    train_model,
+    validate_model,
+)
+from greencode.tokenise import load_tokenizer
+
+torch.set_num_threads(1)
+
+CONTEXT = 16
+SHAPES = {
+    family: {"family": family, "layers": 4, "hidden": 16, "heads": 2, "feed_forward": 24}
+    for family in ("llama", "opt")
+}
+TRAINING = {
+    "context": CONTEXT, "epochs": 1.0, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 1,
+    "weight_decay": 0.1, "bf16": False, "compile": False, "seed": 1, "log_every": 1, "save_every": 2,
+}  # fmt: skip
+
+
+def java(number):
+    return ["<s>", "int", f"a{number}", "=", f"{number}", ";", "return", f"a{number}", ";", "}", "</s>"]
+
+
+def python(number):
+    return ["<s>", "def", f"f{number}", "(", ")", ":", "<EOL>", "return", f"'ü{number}'", "</s>"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for language, code in (("java", java), ("python", python)):
+        for split, numbers in (("train", range(40)), ("validation", range(40, 47))):
+            rows = [{"id": i, "path": f"{i}", "code": code(n)} for i, n in enumerate(numbers)]
+            write_text(folder / language / f"{split}.jsonl.xz", "".join(json.dumps(r) + "\n" for r in rows))
+    write_json(
+        folder / "java" / "manifest.json",
+        {
+            "sources": [
+                {"repo": "one/trained", "licence": "MIT", "split": "train"},
+                {"repo": "two/trained", "licence": "Apache-2.0", "split": "train"},
+                {"repo": "never/seen", "licence": "GPL-3.0", "split": "test"},
+            ]
+        },
+    )
+    write_json(folder / "python" / "manifest.json", {"sources": [{"repo": "no/split", "licence": "MIT"}]})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer(str(corpus), 320, 30, CONTEXT, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def blocks(corpus, tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("blocks") / "train.npy"
+    build_blocks(str(corpus), tokenizer, CONTEXT, 12 * CONTEXT, path)
+    return path
+
+
+@pytest.fixture(scope="module", params=["llama", "opt"])
+def made(request, corpus, tokenizer, blocks, tmp_path_factory):
+    """A trained and validated model directory."""
+    folder = tmp_path_factory.mktemp(request.param)
+    out = folder / "out"
+    train_model(SHAPES[request.param], TRAINING, blocks, tokenizer, folder / "checkpoints", out, 1, 15.0)
+    validate_model(out, str(corpus), 5, seed=1, threads=1)
+    return out
+
+
+def test_the_tokenizer_learns_from_both_languages(tokenizer):
+    loaded = load_tokenizer(tokenizer)
+    assert len(loaded) <= 320
+    for text in ("int", " ;", " return", " <EOL>", "def"):
+        assert len(loaded.tokenize(text)) == 1, text
+
+
+def test_the_tokenizer_reads_so_many_files_of_each_language(corpus, tmp_path):
+    """`a` and a number is a token only where files with it were read."""
+    build_tokenizer(str(corpus), 320, 1, CONTEXT, tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert len(loaded.tokenize(" return")) == 1
+    assert len(loaded) < 320
+
+
+def test_blocks_hold_the_same_share_of_each_language(corpus, tokenizer, blocks):
+    data = np.load(blocks)
+    assert data.dtype == np.uint16
+    expected = []
+    for language in ("java", "python"):
+        stream = []
+        for ids in tokens_of(str(corpus), language, "train", tokenizer):
+            if len(stream) >= 6 * CONTEXT:
+                break
+            stream += ids
+        expected += stream[: len(stream) // CONTEXT * CONTEXT]
+    assert data.flatten().tolist() == expected
+    assert len(data) in (12, 13, 14)  # the last file of a language is taken whole
+
+
+def test_a_corpus_too_small_for_one_block_is_named(corpus, tokenizer, tmp_path):
+    with pytest.raises(UserError, match="fewer than one sequence of 5000"):
+        build_blocks(str(corpus), tokenizer, 5000, 10_000, tmp_path / "train.npy")
+
+
+def test_a_missing_corpus_is_named(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"java/train\.jsonl does not exist"):
+        build_blocks(str(tmp_path), tokenizer, CONTEXT, 100, tmp_path / "train.npy")
+    assert not (tmp_path / "train.npy").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_new_model_has_the_shape_asked_for_and_depends_on_the_seed_alone(family):
+    first, again, other = (new_model(SHAPES[family], 50, CONTEXT, 0, 1, seed) for seed in (1, 1, 2))
+    assert first.config.model_type == family
+    assert first.config.num_hidden_layers == 4
+    assert first.config.max_position_embeddings == CONTEXT
+    assert first.get_input_embeddings().weight is first.get_output_embeddings().weight
+    assert first.get_input_embeddings().weight.shape == (50, 16)
+    for weight, same in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(weight, same)
+    ids = torch.arange(8)[None]
+    with torch.inference_mode():
+        assert not torch.allclose(first(ids).logits, other(ids).logits)
+
+
+def test_a_family_that_cannot_be_made_is_named():
+    with pytest.raises(UserError, match="cannot make models of family 'gpt2'; use llama or opt"):
+        new_model(SHAPES["llama"] | {"family": "gpt2"}, 50, CONTEXT, 0, 1, 0)
+
+
+def test_training_writes_a_model_that_loads_with_its_tokenizer(made, tokenizer, blocks):
+    assert {weight.dtype for weight in load_file(made / "model.safetensors").values()} == {torch.bfloat16}
+    assert (made / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
+    assert load_tokenizer(made).bos_token == "<s>"
+    model = models.load(made)
+    record = read_json(made / "training.json")
+    assert record["parameters"] == sum(weight.numel() for weight in model.parameters())
+    assert record["tokens_seen"] == np.load(blocks).size
+    steps = math.ceil(len(np.load(blocks)) / 4)
+    assert [entry["step"] for entry in record["loss_curve"]] == list(range(1, steps + 1))
+    assert record["loss_curve"][-1]["loss"] < record["loss_curve"][0]["loss"]
+    assert record["tokens_per_second"] > 0
+    assert record["resumed"] is False
+    assert record["shape"]["family"] == model.config.model_type
+    assert record["training"] == TRAINING
+
+
+def test_validation_by_hand(made, corpus):
+    """All files of each language, one at a time, against the report."""
+    validate_model(made, str(corpus), 7, seed=3, threads=1)
+    model, tokenizer = models.load(made), load_tokenizer(made)
+    for language in ("java", "python"):
+        nats, hits, text, count = [], [], "", 0
+        for ids in tokens_of(str(corpus), language, "validation", made):
+            ids = ids[:CONTEXT]
+            with torch.inference_mode():
+                logits = model(torch.tensor([ids])).logits[0]
+            for row, target in zip(logits, ids[1:], strict=False):
+                nats.append(-row.log_softmax(0)[target].item())
+                hits.append(row.argmax().item() == target)
+            text += tokenizer.decode(ids[1:])
+            count += 1
+        report = read_json(made / "training.json")["validation"][language]
+        assert (report["files"], report["tokens"]) == (7, len(nats)) == (count, len(hits))
+        assert report["bytes"] == len(text.encode())
+        assert report["cross_entropy_nats"] == pytest.approx(np.mean(nats), rel=1e-4)
+        assert report["accuracy"] == pytest.approx(np.mean(hits))
+        assert report["bits_per_byte"] == pytest.approx(sum(nats) / np.log(2) / len(text.encode()), rel=1e-4)
+
+
+def test_the_model_card_has_the_numbers_and_the_licences_of_what_was_trained_on(made, corpus):
+    card = model_card(made, "tiny-code", str(corpus))
+    record = read_json(made / "training.json")
+    assert card.startswith("# tiny-code\n")
+    for part in (
+        f"A {record['shape']['family']}-shaped",
+        f"{record['parameters'] / 1e6:.2f} M parameters",
+        f"{record['tokens_seen']:,} tokens",
+        f"{record['loss_curve'][-1]['loss']:.3f}",
+        "- Apache-2.0: two/trained\n",
+        "- MIT: no/split, one/trained\n",
+    ):
+        assert part in card
+    for language in ("java", "python"):
+        report = record["validation"][language]
+        row = f"| {language} | {report['accuracy']:.3f} | {report['cross_entropy_nats']:.3f} "
+        assert row + f"| {report['bits_per_byte']:.3f} |" in card
+    assert "never/seen" not in card
+
+
+def test_the_model_card_tells_how_energy_was_obtained(made, corpus):
+    path = made / "training.json"
+    record = read_json(path)
+    write_json(path, record | {"joules": 7200.0, "energy_note": "An estimate.", "resumed": True})
+    assert "Energy: 2.0 Wh since the run was last resumed. An estimate." in model_card(made, "m", str(corpus))
+    write_json(path, record | {"joules": None, "energy_note": "Energy was not measured: no meter."})
+    assert "Energy: Energy was not measured: no meter. Settings" in model_card(made, "m", str(corpus))
+    write_json(path, record)
+
+
+def test_a_log_interval_longer_than_the_run_still_gives_a_loss(blocks, tokenizer, tmp_path):
+    settings = TRAINING | {"log_every": 1000}
+    train_model(SHAPES["llama"], settings, blocks, tokenizer, tmp_path / "checkpoints", tmp_path / "out", 1)
+    record = read_json(tmp_path / "out" / "training.json")
+    assert [entry["step"] for entry in record["loss_curve"]] == [1]
+    assert record["energy_note"]
+
+
+def test_an_interrupted_training_resumes_to_the_same_weights(blocks, tokenizer, tmp_path, monkeypatch):
+    def train(folder):
+        train_model(SHAPES["opt"], TRAINING, blocks, tokenizer, folder / "checkpoints", folder / "out", 1)
+        return load_file(folder / "out" / "model.safetensors"), read_json(folder / "out" / "training.json")
+
+    whole, record = train(tmp_path / "whole")
+    steps, step = [], Trainer.training_step
+
+    def killed_in_the_third_step(self, *args, **kwargs):
+        steps.append(self.state.global_step + 1)
+        if steps == [1, 2, 3]:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", killed_in_the_third_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed")
+    half = tmp_path / "killed" / "checkpoints" / "checkpoint-3"
+    shutil.copytree(half.with_name("checkpoint-2"), half)
+    (half / "trainer_state.json").unlink()
+    outcomes, train_again = [], Trainer.train
+    monkeypatch.setattr(
+        Trainer, "train", lambda self, **other: outcomes.append(train_again(self, **other)) or outcomes[-1]
+    )
+    again, resumed = train(tmp_path / "killed")
+    for name, weight in whole.items():
+        assert torch.equal(weight, again[name])
+    assert steps == [1, 2, 3, *range(3, len(record["loss_curve"]) + 1)]
+    assert resumed["resumed"]
+    assert resumed["loss_curve"] == record["loss_curve"]
+    assert resumed["tokens_seen"] == record["tokens_seen"]
+    share = 1 - 2 / len(record["loss_curve"])  # the first two steps took no time of this run
+    per_second = share * record["tokens_seen"] / outcomes[0].metrics["train_runtime"]
+    assert resumed["tokens_per_second"] == pytest.approx(per_second, abs=0.06)
