@@ -139,22 +139,39 @@ def interleaved(actions: dict[str, Callable[[], Any]], repeats: int, label: str)
     return seconds
 
 
-def check_overhead(engine: Engine, context: list[int], new_tokens: int, rounds: int) -> float:
-    """Decoding time of an agent asked at every exit point that never leaves, over that of no agent.
+def check_overhead(engine: Engine, context: list[int], rounds: int) -> tuple[float, float]:
+    """Seconds per token that an agent costs which is asked at every exit point and never leaves, and
+    seconds per token without one.
 
-    Two completions advance in turn, token by token, so that both meet the same machine. The context's part
-    is left out: it would hide the overhead.
+    Two completions advance in turn, token by token, so that both meet the same machine: the difference of
+    whole completions would drown in its noise. Medians over all tokens but the first of each completion.
     """
     policies = None, AgentExit(random_agent(engine.family.hidden_size, engine.exit_points), threshold=1)
-    taken: tuple[list[float], list[float]] = [], []
+    plain, extra = [], []
     for _ in range(rounds):
-        streams: list[Iterator] = [engine.stream(context, new_tokens, policy) for policy in policies]
+        streams: list[Iterator] = [engine.stream(context, 33, policy) for policy in policies]
         for stream in streams:
             next(stream)
-        for token in range(1, new_tokens):
+        for token in range(32):
+            taken = [0.0, 0.0]
             for which in (0, 1) if token % 2 else (1, 0):
-                taken[which].append(cpu_seconds(lambda stream=streams[which]: next(stream)))
-    return statistics.median(taken[1]) / statistics.median(taken[0])
+                taken[which] = cpu_seconds(lambda stream=streams[which]: next(stream))
+            plain.append(taken[0])
+            extra.append(taken[1] - taken[0])
+    return statistics.median(extra), statistics.median(plain)
+
+
+def overhead_rows(
+    name: str, engine: Engine, context: list[int], rounds: int, full: float, target: float
+) -> list[Row]:
+    """The agent's overhead on a completion that takes `full` seconds without it."""
+    extra, token = check_overhead(engine, context, rounds)
+    checks = len(engine.exit_points) - 1
+    return [
+        Row(name, "agent that never leaves / full", 1 + NEW_TOKENS * extra / full, target),
+        Row(name, "agent that never leaves / full, decoding only", 1 + extra / token),
+        Row(name, "microseconds per check", 1e6 * extra / checks),
+    ]
 
 
 def machine_peaks() -> tuple[float, float]:
@@ -198,7 +215,6 @@ def measure(
     context = torch.randint(3, config.vocab_size, (context_tokens,)).tolist()
     ids = torch.tensor([context])
     depths = mixed_depths(points)
-    agent = AgentExit(random_agent(engine.family.hidden_size, points), threshold=1)
 
     def generate(**options: Any) -> Callable[[], Any]:
         return lambda: model.generate(
@@ -219,7 +235,6 @@ def measure(
         "full": lambda: engine.complete(context, NEW_TOKENS, kv="full"),
         "generate": generate(use_cache=True),
         "full, one token": lambda: engine.complete(context, 1, kv="full"),
-        "agent": lambda: engine.complete(context, NEW_TOKENS, agent),
         "deferred": scripted(depths),
         "none": scripted(depths, "none"),
         **{f"deferred: {pattern}": scripted(script) for pattern, script in adverse.items()},
@@ -236,7 +251,6 @@ def measure(
     mean = statistics.mean(depths) / depth
     full = median["full"]
     decoding = {key: median[key] - median["full, one token"] for key in ("full", "deferred")}
-    overhead = check_overhead(engine, context, 33, max(1, repeats))
     least = floor(engine, context_tokens, peaks)
     rows = [
         Row(name, "full / model.generate", full / median["generate"], 1.02),
@@ -252,8 +266,7 @@ def measure(
             Row(name, f"deferred / full: {pattern}", median[f"deferred: {pattern}"] / full, 1.03)
             for pattern in adverse
         ),
-        Row(name, "agent that never leaves / full, decoding only", overhead, 1.01),
-        Row(name, "agent that never leaves / full", median["agent"] / full),
+        *overhead_rows(name, engine, context, repeats, full, 1.01),
         *(
             Row(name, f"assistant_early_exit={point} / full", median[f"speculation {point}"] / full)
             for point in speculations
@@ -271,13 +284,14 @@ def measure(
     return rows, {"floor": least, "depths": depths, "seconds": seconds}
 
 
-def bundled_overhead(directory: Path, context_tokens: int, repeats: int) -> Row:
+def bundled_rows(directory: Path, context_tokens: int, repeats: int) -> list[Row]:
     """The agent's overhead on a model of the default study."""
     engine = Engine(models.load(directory))
-    new_tokens = min(65, engine.family.window - context_tokens)
     context = torch.randint(3, engine.family.config.vocab_size, (context_tokens,)).tolist()
-    overhead = check_overhead(engine, context, new_tokens, 2 * repeats)
-    return Row(directory.name, "agent that never leaves / full, decoding only", overhead, 1.03)
+    full = statistics.median(
+        cpu_seconds(lambda: engine.complete(context, NEW_TOKENS)) for _ in range(4 * repeats)
+    )
+    return overhead_rows(directory.name, engine, context, 2 * repeats, full, 1.03)
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -319,7 +333,7 @@ def main() -> None:
         found, results[name] = measure(name, config, context, repeats, peaks)
         rows += found
     for directory in sorted(Path("resources/models").glob("*/config.json")):
-        rows.append(bundled_overhead(directory.parent, context // 2, repeats))
+        rows += bundled_rows(directory.parent, context, repeats)
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     with open(arguments.out / "engine.csv", "w", newline="", encoding="utf-8") as stream:
@@ -350,9 +364,9 @@ def main() -> None:
         least = result["floor"]
         print(
             f"{name}: floor {least['context_gflop']:.0f} GFLOP for the context, then per token "
-            f"{least['token_mbytes']:.0f} MB and {least['token_gflop']:.2f} GFLOP: {least['seconds']:.2f} s at "
-            f"{peaks[0] / 1e9:.0f} GFLOP/s and {peaks[1] / 1e9:.1f} GB/s; full takes "
-            f"{statistics.median(result['seconds']['full']):.2f} s"
+            f"{least['token_mbytes']:.0f} MB and {least['token_gflop']:.2f} GFLOP: "
+            f"{least['seconds']:.2f} s at {peaks[0] / 1e9:.0f} GFLOP/s and {peaks[1] / 1e9:.1f} GB/s; "
+            f"full takes {statistics.median(result['seconds']['full']):.2f} s"
         )
     print(f"{about['device']}; " + ", ".join(f"{key} {value}" for key, value in about["versions"].items()))
     print(f"{sum(row.met == 'NO' for row in rows)} targets missed", file=sys.stderr)

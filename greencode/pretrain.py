@@ -267,19 +267,23 @@ def model_card(directory: str | Path, name: str, corpus: str) -> str:
     sources = "\n".join(
         f"- {licence}: {', '.join(sorted(repos))}" for licence, repos in sorted(licences.items())
     )
+    loss = float(training["loss_curve"][-1]["loss"])
     return f"""# {name}
 
-A {shape["family"]}-shaped causal language model of code: {training["parameters"] / 1e6:.2f} M parameters,
-{shape["layers"]} layers, hidden size {shape["hidden"]}, context {training["training"]["context"]} tokens,
-byte-level BPE. Made by `snakemake --cores all pretrain --configfile config/pretrain.yaml` to give the
-default study a real model that fits into a repository. It knows Java and Python as CodeXGLUE tokens
-joined by blanks, and nothing else; it is not meant for use outside this study.
+A causal language model of code in the shape of {shape["family"]}: {training["parameters"] / 1e6:.2f} M
+parameters, {shape["layers"]} layers, hidden size {shape["hidden"]}, context
+{training["training"]["context"]} tokens, byte-level BPE. Made by
+`snakemake --cores all pretrain --configfile config/pretrain.yaml` to give the default study a real model
+that fits into a repository. It knows Java and Python as CodeXGLUE tokens joined by blanks, and nothing
+else; it is not meant for use outside this study.
 
 ## Training
-{training["tokens_seen"]:,} tokens of Java and Python in equal parts at {training["tokens_per_second"]:,}
-tokens per second on {training["hardware"]}; final training loss
-{float(training["loss_curve"][-1]["loss"]):.3f}. Energy: {_energy(training)} Settings and loss curve:
-`training.json`.
+- Tokens: {training["tokens_seen"]:,}, Java and Python in equal parts, at
+  {training["tokens_per_second"]:,.0f} per second
+- Hardware: {training["hardware"]}
+- Final training loss: {loss:.3f} nats per token
+- Energy: {_energy(training)}
+- Settings and loss curve: `training.json`
 
 ## Validation (held-out files)
 | language | next-token accuracy | cross-entropy (nats) | bits per byte | evaluated on |
@@ -287,8 +291,8 @@ tokens per second on {training["hardware"]}; final training loss
 {rows}
 
 ## Limits
-A few million parameters and a few minutes of training: completions are plausible in form, seldom right in
-content. Weights are bf16 on disk and run in float32.
+A few million parameters and little training: completions are plausible in form, seldom right in
+content (docs/base-models.md). Weights are bf16 on disk and run in float32.
 
 ## Sources, by licence
 {sources}

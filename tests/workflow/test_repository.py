@@ -219,8 +219,9 @@ def test_set_up_says_what_is_missing(new_study, fault):
     folder = new_study("setup").folder
     for name in ("requirements.in", "requirements.lock"):
         (folder / name).write_text((ROOT / name).read_text())
-    start = f"import os, runpy, shutil, sys, types, venv\n{fault}\nrunpy.run_path('envs/setup.py', {{}}, '__main__')"
-    done = run(sys.executable, "-c", start, folder=folder)
+    run_set_up = "runpy.run_path('envs/setup.py', {}, '__main__')"
+    script = f"import os, runpy, shutil, sys, types, venv\n{fault}\n{run_set_up}"
+    done = run(sys.executable, "-c", script, folder=folder)
     assert done.returncode == 1
     said = done.stderr.removeprefix("setup: installing into .venv (minutes, once) ...\n")
     assert said.startswith(FAULTY[fault])

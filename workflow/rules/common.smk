@@ -54,7 +54,7 @@ PUBLISHED = str(REPOSITORY / "resources" / "published_values.csv")
 MODELS = list(STUDY["models"])
 DATASETS = list(STUDY["datasets"])
 AGENTS = list(STUDY["agents"])
-THRESHOLDS = [f"{threshold:g}" for threshold in STUDY["thresholds"]]
+THRESHOLDS = [f"{threshold:.15g}" for threshold in STUDY["thresholds"]]
 EXITS = {name: study.points_of(model) for name, model in STUDY["models"].items()}
 
 
