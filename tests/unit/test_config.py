@@ -459,8 +459,7 @@ def test_the_base_models_are_made_by_config_pretrain():
     full = study.complete(merged("pretrain"))
     study.check(full, ROOT)
     made = full["pretrain"]
-    assert made["tokens"] == 9_000_000
-    assert made["vocabulary"] == 4096
+    assert set(made["models"]) == set(full["models"])
     for name, family, inner in (("llama-code", "llama", 432), ("opt-code", "opt", 640)):
         shape = {"family": family, "layers": 16, "hidden": 160, "heads": 5, "feed_forward": inner}
         assert made["models"][name] == shape

@@ -195,15 +195,15 @@ def test_the_model_card_has_the_numbers_and_the_licences_of_what_was_trained_on(
     card = model_card(made, "tiny-code", str(corpus))
     record = read_json(made / "training.json")
     assert card.startswith("# tiny-code\n")
+    text = " ".join(card.split())
     for part in (
-        f"A {record['shape']['family']}-shaped",
+        record["shape"]["family"],
         f"{record['parameters'] / 1e6:.2f} M parameters",
-        f"{record['tokens_seen']:,} tokens",
+        f"{record['tokens_seen']:,}",
         f"{record['loss_curve'][-1]['loss']:.3f}",
-        "- Apache-2.0: two/trained\n",
-        "- MIT: no/split, one/trained\n",
+        "- Apache-2.0: two/trained - MIT: no/split, one/trained",
     ):
-        assert part in card
+        assert part in text
     for language in ("java", "python"):
         report = record["validation"][language]
         row = f"| {language} | {report['accuracy']:.3f} | {report['cross_entropy_nats']:.3f} "
@@ -217,7 +217,7 @@ def test_the_model_card_tells_how_energy_was_obtained(made, corpus):
     write_json(path, record | {"joules": 7200.0, "energy_note": "An estimate.", "resumed": True})
     assert "Energy: 2.0 Wh since the run was last resumed. An estimate." in model_card(made, "m", str(corpus))
     write_json(path, record | {"joules": None, "energy_note": "Energy was not measured: no meter."})
-    assert "Energy: Energy was not measured: no meter. Settings" in model_card(made, "m", str(corpus))
+    assert "Energy: Energy was not measured: no meter.\n" in model_card(made, "m", str(corpus))
     write_json(path, record)
 
 

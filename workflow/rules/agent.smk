@@ -9,6 +9,8 @@ rule train_agent:
         "logs/train_agent/{model}/{dataset}/{agent}.log",
     benchmark:
         "benchmarks/train_agent/{model}/{dataset}/{agent}.tsv"
+    # Before any measurement: these share the cores, and measured jobs need all of them.
+    priority: 50
     conda:
         "../../envs/torch.yaml"
     threads: STUDY["threads"]

@@ -154,8 +154,10 @@ def overhead_block(wildcards):
 
 
 def gpus(wildcards):
-    """One GPU where the study runs on one; unknown (auto) counts as one."""
-    return 0 if STUDY["device"] == "cpu" else 1
+    """One GPU where the study runs on one: `auto` asks this machine, from which jobs are submitted."""
+    if STUDY["device"] == "auto":
+        return int(Path("/proc/driver/nvidia/gpus").is_dir())
+    return int(STUDY["device"].startswith("cuda"))
 
 
 def fixed_of(model):

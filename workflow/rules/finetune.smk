@@ -10,6 +10,8 @@ rule finetune_model:
         "logs/finetune_model/{model}/{dataset}.log",
     benchmark:
         "benchmarks/finetune_model/{model}/{dataset}.tsv"
+    # Before any measurement: these share the cores, and measured jobs need all of them.
+    priority: 50
     conda:
         "../../envs/torch.yaml"
     threads: STUDY["threads"]

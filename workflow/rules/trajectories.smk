@@ -10,6 +10,8 @@ rule record_trajectories:
         "logs/record_trajectories/{model}/{dataset}.log",
     benchmark:
         "benchmarks/record_trajectories/{model}/{dataset}.tsv"
+    # Before any measurement: these share the cores, and measured jobs need all of them.
+    priority: 50
     conda:
         "../../envs/torch.yaml"
     threads: STUDY["threads"]
