@@ -11,7 +11,7 @@ rule finetune_model:
     benchmark:
         "benchmarks/finetune_model/{model}/{dataset}.tsv"
     # Before any measurement: these share the cores, and measured jobs need all of them.
-    priority: 50
+    priority: 70
     conda:
         "../../envs/torch.yaml"
     threads: STUDY["threads"]

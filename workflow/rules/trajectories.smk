@@ -11,7 +11,7 @@ rule record_trajectories:
     benchmark:
         "benchmarks/record_trajectories/{model}/{dataset}.tsv"
     # Before any measurement: these share the cores, and measured jobs need all of them.
-    priority: 50
+    priority: 60
     conda:
         "../../envs/torch.yaml"
     threads: STUDY["threads"]
