@@ -25,13 +25,11 @@ import numpy as np
 import torch
 
 from greencode import models
-from greencode.agent import ExitPolicy, Settings
 from greencode.engine import Completion, Engine, ExitView
 from greencode.files import write_json
-from greencode.policies import AgentExit, FixedExit
+from greencode.policies import AgentExit, ExitPolicy, FixedExit
 from greencode.progress import progress
 from greencode.results import device_name, versions
-from greencode.reward import Reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -84,7 +82,7 @@ def random_agent(hidden: int, points: tuple[int, ...]) -> ExitPolicy:
     rng = np.random.default_rng(0)
     layers = [(rng.normal(size=shape) / shape[1] ** 0.5, np.zeros(shape[0])) for shape in
               ((64, hidden), (64, 64), (2, 64))]  # fmt: skip
-    return ExitPolicy(layers, points, "final_norm", "random", Reward(), Settings(), {})
+    return ExitPolicy(layers, points, "final_norm", "random", {})
 
 
 def shapes(quick: bool) -> dict[str, PreTrainedConfig]:

@@ -10,22 +10,20 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from greencode.episodes import Episodes, EpisodeSource, read_safetensors, write_safetensors
+from greencode.episodes import Episodes, EpisodeSource
 from greencode.errors import UserError
 from greencode.files import atomic
+from greencode.policies import ExitPolicy, check_threshold
 from greencode.results import versions
 from greencode.reward import Reward
 
 if TYPE_CHECKING:
     from stable_baselines3 import PPO
-
-FORMAT = "greencode-policy-1"
 
 # The two settings that Table III can be read as; the first is the one of the authors' example.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -109,172 +107,6 @@ def _check_setting(name: str, value: Any, kind: Any, low: float, high: float) ->
         whole = "a whole number" if kind is int else "a number"
         span = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
         raise UserError(f"Agent setting {name} is {value!r}; set it to {whole} {span}.")
-
-
-def check_threshold(threshold: float) -> float:
-    """The threshold T as a float.
-
-    Raises:
-        UserError: if it is not in [0, 1].
-    """
-    if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
-        raise UserError(f"Threshold {threshold!r} is not a number between 0 and 1; choose one, e.g. 0.9.")
-    return float(threshold)
-
-
-class ExitPolicy:
-    """The actor of a trained agent, in numpy: P(exit) of an observation.
-
-    It keeps no state between calls, so threads may share it.
-
-    Attributes:
-        layers: (weight float32 [out, in], bias float32 [out]) of each layer; tanh between them; the last
-            one gives the logits of continue and exit.
-        exit_points: depths that it was trained on, ending at N.
-        observation: name of the observation's definition.
-        fingerprint: of the model that it was trained on.
-        reward, settings: of its training.
-        versions: package -> version, of its training.
-    """
-
-    def __init__(
-        self,
-        layers: list[tuple[np.ndarray, np.ndarray]],
-        exit_points: tuple[int, ...],
-        observation: str,
-        fingerprint: str,
-        reward: Reward,
-        settings: Settings,
-        versions: dict[str, str],
-    ) -> None:
-        self.layers = [
-            (np.ascontiguousarray(weight, np.float32), np.ascontiguousarray(bias, np.float32))
-            for weight, bias in layers
-        ]
-        self.exit_points = tuple(int(point) for point in exit_points)
-        self.observation = observation
-        self.fingerprint = fingerprint
-        self.reward = reward
-        self.settings = settings
-        self.versions = versions
-        weight, bias = self.layers[-1]
-        # The softmax of two logits is the sigmoid of their difference: one row serves instead of two.
-        self._difference = weight[1] - weight[0]
-        self._offset = float(bias[1]) - float(bias[0])
-
-    @property
-    def hidden_size(self) -> int:
-        """H, the size of an observation."""
-        return self.layers[0][0].shape[1]
-
-    def probability(self, observation: np.ndarray, temperature: float = 1.0) -> Any:
-        """P(exit).
-
-        Args:
-            observation: [..., H].
-            temperature: divides the logits; above 1 the agent is less sure, below 1 surer.
-
-        Returns:
-            A float for one observation, else float32 [...].
-
-        Raises:
-            UserError: if the temperature is not positive, or H is another model's.
-        """
-        if temperature <= 0:
-            raise UserError(f"Temperature {temperature} is not positive; choose one above 0, e.g. 1.")
-        state = np.asarray(observation, np.float32)
-        if state.shape[-1:] != (self.hidden_size,):
-            raise UserError(
-                f"The agent expects hidden states of size {self.hidden_size}, not shape {state.shape}; "
-                "use an agent trained on this model."
-            )
-        if state.ndim == 1:
-            for weight, bias in self.layers[:-1]:
-                state = weight.dot(state)
-                state += bias
-                np.tanh(state, out=state)
-            return _sigmoid((float(self._difference.dot(state)) + self._offset) / temperature)
-        shape = state.shape[:-1]
-        state = state.reshape(-1, self.hidden_size)
-        for weight, bias in self.layers[:-1]:
-            state = state @ weight.T
-            state += bias
-            np.tanh(state, out=state)
-        logits = (state @ self._difference + np.float32(self._offset)) / np.float32(temperature)
-        # By way of tanh, as exp would overflow.
-        return ((1 + np.tanh(logits / 2)) / 2).reshape(shape)
-
-    def save(self, path: str | Path) -> None:
-        """Write as safetensors, whole or not at all; equal policies give equal bytes."""
-        head = {
-            "format": FORMAT,
-            "exit_points": self.exit_points,
-            "observation": self.observation,
-            "fingerprint": self.fingerprint,
-            "hidden_size": self.hidden_size,
-            "reward": asdict(self.reward),
-            "settings": asdict(self.settings),
-            "versions": self.versions,
-        }
-        tensors = {}
-        for index, (weight, bias) in enumerate(self.layers):
-            tensors |= {f"layers.{index}.weight": weight, f"layers.{index}.bias": bias}
-        write_safetensors(path, head, tensors)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        fingerprint: str | None = None,
-        exit_points: tuple[int, ...] | None = None,
-        observation: str | None = None,
-    ) -> ExitPolicy:
-        """Read what `save` wrote; what is given besides must be what the agent was trained with.
-
-        Raises:
-            UserError: if the file is missing, broken or something else, or the agent is for another
-                model, other exit points or another observation.
-        """
-        remedy = "train the agent again"
-        head, tensors = read_safetensors(path, FORMAT, "an agent file", remedy)
-        try:
-            policy = cls(
-                layers=[
-                    (tensors[f"layers.{index}.weight"], tensors[f"layers.{index}.bias"])
-                    for index in range(len(tensors) // 2)
-                ],
-                exit_points=tuple(head["exit_points"]),
-                observation=head["observation"],
-                fingerprint=head["fingerprint"],
-                reward=Reward(**head["reward"]),
-                settings=Settings(**head["settings"]),
-                versions=head["versions"],
-            )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise UserError(f"{path} is not an agent file ({error}); delete it and {remedy}.") from None
-        if fingerprint is not None and policy.fingerprint != fingerprint:
-            raise UserError(
-                f"{path} was trained for another model (fingerprint {policy.fingerprint}, this model has "
-                f"{fingerprint}); train an agent on this model."
-            )
-        if exit_points is not None and policy.exit_points != tuple(exit_points):
-            raise UserError(
-                f"{path} was trained for the exit points {list(policy.exit_points)}, not "
-                f"{list(exit_points)}; train an agent on these or use its own."
-            )
-        if observation is not None and policy.observation != observation:
-            raise UserError(
-                f"{path} was trained on the observation {policy.observation!r}, not {observation!r}; "
-                "use the same one or train an agent on this one."
-            )
-        return policy
-
-
-def _sigmoid(logit: float) -> float:
-    if logit >= 0:
-        return 1 / (1 + math.exp(-logit))
-    odds = math.exp(logit)
-    return odds / (1 + odds)
 
 
 class ValidationRow(NamedTuple):
@@ -467,8 +299,13 @@ def export(
         weight, bias = layers[0]
         weight = weight / scale
         layers[0] = (weight, bias - weight @ mean)
+    training = {"reward": asdict(reward), "settings": asdict(settings), "versions": versions()}
     return ExitPolicy(
-        layers, episodes.exit_points, episodes.observation, episodes.fingerprint, reward, settings, versions()
+        layers,
+        episodes.exit_points,
+        episodes.observation,
+        episodes.fingerprint,
+        json.loads(json.dumps(training)),
     )
 
 

@@ -1,21 +1,184 @@
 """Exit policies: small objects with one method, `leaves(view)`, asked at each exit point.
 
 Never leaving is no policy at all (`None`). Rules are objects, not settings of the model: a threshold is
-an argument of one request.
+an argument of one request. The trained agent's network is here too (`ExitPolicy`); how it is trained is in
+`greencode.agent`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
-from greencode.agent import ExitPolicy, check_threshold
+from greencode.episodes import read_safetensors, write_safetensors
 from greencode.errors import UserError
 
 if TYPE_CHECKING:
     from greencode.engine import ExitView
+
+FORMAT = "greencode-policy-2"
+
+
+def check_threshold(threshold: float) -> float:
+    """The threshold T as a float.
+
+    Raises:
+        UserError: if it is not in [0, 1].
+    """
+    if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+        raise UserError(f"Threshold {threshold!r} is not a number between 0 and 1; choose one, e.g. 0.9.")
+    return float(threshold)
+
+
+class ExitPolicy:
+    """The actor of a trained agent, in numpy: P(exit) of an observation.
+
+    It keeps no state between calls, so threads may share it.
+
+    Attributes:
+        layers: (weight float32 [out, in], bias float32 [out]) of each layer; tanh between them; the last
+            one gives the logits of continue and exit.
+        exit_points: depths that it was trained on, ending at N.
+        observation: name of the observation's definition.
+        fingerprint: of the model that it was trained on.
+        training: how it was trained: `reward`, `settings`, `versions`; JSON values.
+    """
+
+    def __init__(
+        self,
+        layers: list[tuple[np.ndarray, np.ndarray]],
+        exit_points: tuple[int, ...],
+        observation: str,
+        fingerprint: str,
+        training: dict[str, Any],
+    ) -> None:
+        self.layers = [
+            (np.ascontiguousarray(weight, np.float32), np.ascontiguousarray(bias, np.float32))
+            for weight, bias in layers
+        ]
+        self.exit_points = tuple(int(point) for point in exit_points)
+        self.observation = observation
+        self.fingerprint = fingerprint
+        self.training = training
+        weight, bias = self.layers[-1]
+        # The softmax of two logits is the sigmoid of their difference: one row serves instead of two.
+        self._difference = weight[1] - weight[0]
+        self._offset = float(bias[1]) - float(bias[0])
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the size of an observation."""
+        return self.layers[0][0].shape[1]
+
+    def probability(self, observation: np.ndarray, temperature: float = 1.0) -> Any:
+        """P(exit).
+
+        Args:
+            observation: [..., H].
+            temperature: divides the logits; above 1 the agent is less sure, below 1 surer.
+
+        Returns:
+            A float for one observation, else float32 [...].
+
+        Raises:
+            UserError: if the temperature is not positive, or H is another model's.
+        """
+        if temperature <= 0:
+            raise UserError(f"Temperature {temperature} is not positive; choose one above 0, e.g. 1.")
+        state = np.asarray(observation, np.float32)
+        if state.shape[-1:] != (self.hidden_size,):
+            raise UserError(
+                f"The agent expects hidden states of size {self.hidden_size}, not shape {state.shape}; "
+                "use an agent trained on this model."
+            )
+        if state.ndim == 1:
+            for weight, bias in self.layers[:-1]:
+                state = weight.dot(state)
+                state += bias
+                np.tanh(state, out=state)
+            return _sigmoid((float(self._difference.dot(state)) + self._offset) / temperature)
+        shape = state.shape[:-1]
+        state = state.reshape(-1, self.hidden_size)
+        for weight, bias in self.layers[:-1]:
+            state = state @ weight.T
+            state += bias
+            np.tanh(state, out=state)
+        logits = (state @ self._difference + np.float32(self._offset)) / np.float32(temperature)
+        # By way of tanh, as exp would overflow.
+        return ((1 + np.tanh(logits / 2)) / 2).reshape(shape)
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors, whole or not at all; equal policies give equal bytes."""
+        head = {
+            "format": FORMAT,
+            "exit_points": self.exit_points,
+            "observation": self.observation,
+            "fingerprint": self.fingerprint,
+            "hidden_size": self.hidden_size,
+            "training": self.training,
+        }
+        tensors = {}
+        for index, (weight, bias) in enumerate(self.layers):
+            tensors |= {f"layers.{index}.weight": weight, f"layers.{index}.bias": bias}
+        write_safetensors(path, head, tensors)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        fingerprint: str | None = None,
+        exit_points: tuple[int, ...] | None = None,
+        observation: str | None = None,
+    ) -> ExitPolicy:
+        """Read what `save` wrote; what is given besides must be what the agent was trained with.
+
+        Raises:
+            UserError: if the file is missing, broken or something else, or the agent is for another
+                model, other exit points or another observation.
+        """
+        remedy = "train the agent again"
+        head, tensors = read_safetensors(path, FORMAT, "an agent file", remedy)
+        try:
+            policy = cls(
+                layers=[
+                    (tensors[f"layers.{index}.weight"], tensors[f"layers.{index}.bias"])
+                    for index in range(len(tensors) // 2)
+                ],
+                exit_points=tuple(head["exit_points"]),
+                observation=head["observation"],
+                fingerprint=head["fingerprint"],
+                training=head["training"],
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"{path} is not an agent file ({error}); delete it and {remedy}.") from None
+        if fingerprint is not None and policy.fingerprint != fingerprint:
+            raise UserError(
+                f"{path} was trained for another model (fingerprint {policy.fingerprint}, this model has "
+                f"{fingerprint}); train an agent on this model."
+            )
+        if exit_points is not None and policy.exit_points != tuple(exit_points):
+            raise UserError(
+                f"{path} was trained for the exit points {list(policy.exit_points)}, not "
+                f"{list(exit_points)}; train an agent on these or use its own."
+            )
+        if observation is not None and policy.observation != observation:
+            raise UserError(
+                f"{path} was trained on the observation {policy.observation!r}, not {observation!r}; "
+                "use the same one or train an agent on this one."
+            )
+        return policy
+
+
+def _sigmoid(logit: float) -> float:
+    if logit >= 0:
+        return 1 / (1 + math.exp(-logit))
+    odds = math.exp(logit)
+    return odds / (1 + odds)
 
 
 @dataclass(frozen=True)
@@ -43,6 +206,8 @@ class AgentExit:
         self.temperature = temperature
         self._on_device = None
         if not device.startswith("cpu"):
+            import torch
+
             self._on_device = [
                 (torch.tensor(weight, device=device), torch.tensor(bias, device=device))
                 for weight, bias in agent.layers
@@ -52,6 +217,8 @@ class AgentExit:
         if self._on_device is None:
             observation = view.observation.float().cpu().numpy()
             return self.agent.probability(observation, self.temperature) > self.threshold
+        import torch
+
         state = view.observation.float()
         *hidden, last = self._on_device
         for weight, bias in hidden:

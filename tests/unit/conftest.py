@@ -19,8 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from greencode.agent import ExitPolicy, Settings
-from greencode.reward import Reward
+from greencode.policies import ExitPolicy
 
 LAYERS = 6
 WINDOW = 64
@@ -90,6 +89,6 @@ def make_agent() -> Callable[..., ExitPolicy]:
             (rng.normal(size=(out, into)) / into**0.5, rng.normal(size=out) / 2)
             for into, out in itertools.pairwise(sizes)
         ]
-        return ExitPolicy(layers, points, "final_norm", "tiny", Reward(), Settings(), {})
+        return ExitPolicy(layers, points, "final_norm", "tiny", {})
 
     return make

@@ -74,9 +74,7 @@ def make_policy(seed=0, **changes):
         "exit_points": POINTS,
         "observation": "final_norm",
         "fingerprint": "abc",
-        "reward": REWARD,
-        "settings": Settings.preset("small", hidden=(8, 6)),
-        "versions": {"torch": "1"},
+        "training": {"reward": {"alpha": 1.0}, "settings": {"steps": 64}, "versions": {"torch": "1"}},
     }
     return ExitPolicy(**(fields | changes))
 
@@ -179,15 +177,7 @@ def test_policy_survives_saving(tmp_path):
     loaded = ExitPolicy.load(tmp_path / "a", fingerprint="abc", exit_points=POINTS, observation="final_norm")
     state = np.random.default_rng(2).normal(size=HIDDEN).astype(np.float32)
     assert loaded.probability(state) == policy.probability(state)
-    for name in (
-        "exit_points",
-        "observation",
-        "fingerprint",
-        "hidden_size",
-        "reward",
-        "settings",
-        "versions",
-    ):
+    for name in ("exit_points", "observation", "fingerprint", "hidden_size", "training"):
         assert getattr(loaded, name) == getattr(policy, name)
 
 

@@ -203,17 +203,13 @@ MODULES = {
     "trajectories": TRAJECTORIES | AFTER_AGENTS,
     "finetune": AFTER_FINETUNING,
     "generate": scored(*ALL) | overhead() | TABLES | figures("fig01", *SHOWS_METHODS),
+    "agent": AFTER_AGENTS,
     "environment": AFTER_AGENTS,
     "reward": AFTER_AGENTS,
 }
-# The script of all generations imports greencode.agent, and that imports these two.
-TOO_MUCH = pytest.mark.xfail(strict=True, reason="base, full and fixed exits re-run too")
 
 
-@pytest.mark.parametrize(
-    "module",
-    [pytest.param(m, marks=TOO_MUCH) if m in ("environment", "reward") else m for m in MODULES],
-)
+@pytest.mark.parametrize("module", MODULES)
 def test_an_edited_module_re_runs_the_rules_that_use_it(study, config, module):
     with study.edited(f"greencode/{module}.py", lambda text: text + b"\n# An edit.\n"):
         assert pending(study, config) == MODULES[module]

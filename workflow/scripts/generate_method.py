@@ -7,12 +7,11 @@ policy, which `depth` or `agent` and `threshold` among the params decide.
 from pathlib import Path
 
 from greencode import generate, job
-from greencode.agent import ExitPolicy
 from greencode.corpus import read_split
 from greencode.energy import Meter
 from greencode.engine import OBSERVATION, Engine
 from greencode.models import fingerprint, load, pick_device
-from greencode.policies import AgentExit, FixedExit
+from greencode.policies import AgentExit, ExitPolicy, FixedExit
 from greencode.tokenise import encode, load_tokenizer
 
 

@@ -4,12 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from greencode import generate, job
-from greencode.agent import ExitPolicy
 from greencode.corpus import read_split
 from greencode.engine import OBSERVATION, Engine
 from greencode.files import write_json
 from greencode.models import fingerprint, load, pick_device
-from greencode.policies import AgentExit
+from greencode.policies import AgentExit, ExitPolicy
 from greencode.tokenise import encode, load_tokenizer
 
 
