@@ -1,5 +1,6 @@
 """A tiny study from source code to every figure, by the real snakemake."""
 
+import contextlib
 import csv
 import json
 import os
@@ -97,16 +98,24 @@ def prepare(study):
 
 def killed_when(study, pattern):
     """Start the study and kill it with all its jobs as soon as a file of this pattern is there."""
-    log = open(study.folder / "killed.txt", "w")  # noqa: SIM115 - closed with the process
-    command = [sys.executable, "-m", "snakemake", "-c2", "figures"]
-    run = subprocess.Popen(command, cwd=study.folder, stderr=log, start_new_session=True)
-    while not any(study.folder.glob(pattern)):
-        assert run.poll() is None, (study.folder / "killed.txt").read_text()
-        time.sleep(0.02)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
-    log.close()
+    with started(study) as run:
+        while not any(study.folder.glob(pattern)):
+            assert run.poll() is None, (study.folder / "started.txt").read_text()
+            time.sleep(0.02)
     assert any((study.folder / ".snakemake/locks").iterdir())
+
+
+@contextlib.contextmanager
+def started(study):
+    """A run that goes on by itself and is killed with all its jobs at the end."""
+    command = [sys.executable, "-m", "snakemake", "-c2", "figures"]
+    with open(study.folder / "started.txt", "w") as log:
+        run = subprocess.Popen(command, cwd=study.folder, stderr=log, start_new_session=True)
+    try:
+        yield run
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
 
 
 @pytest.fixture(scope="module")
@@ -265,12 +274,9 @@ def test_a_killed_run_is_completed_by_the_same_command(study, new_study):
     assert list((killed.folder / "results").rglob("checkpoint*")) == []
 
 
-@pytest.mark.slow
 def test_a_run_beside_another_is_refused(new_study):
     study = prepare(new_study("beside"))
-    command = [sys.executable, "-m", "snakemake", "-c1", "figures"]
-    first = subprocess.Popen(command, cwd=study.folder, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
+    with started(study) as first:
         while not any(study.folder.glob("logs/prepare_corpus/*")):
             assert first.poll() is None
             time.sleep(0.02)
@@ -278,6 +284,3 @@ def test_a_run_beside_another_is_refused(new_study):
         assert second.returncode != 0
         assert "Directory cannot be locked" in second.stderr
         assert first.poll() is None
-    finally:
-        os.killpg(first.pid, signal.SIGKILL)
-        first.wait()
