@@ -1,6 +1,7 @@
 import contextlib
 import fcntl
 import functools
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -156,7 +157,7 @@ def overhead_block(wildcards):
 def gpus(wildcards):
     """One GPU where the study runs on one: `auto` asks this machine, from which jobs are submitted."""
     if STUDY["device"] == "auto":
-        return int(Path("/proc/driver/nvidia/gpus").is_dir())
+        return int(shutil.which("nvidia-smi") is not None)
     return int(STUDY["device"].startswith("cuda"))
 
 
