@@ -114,8 +114,9 @@ def started(study):
     try:
         yield run
     finally:
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +248,7 @@ def test_the_report_has_captions_and_categories(study):
 def test_a_killed_run_is_completed_by_the_same_command(study, new_study):
     killed = prepare(new_study("killed"))
     for pattern in (
-        "results/data/code/.*.gz",
+        "logs/prepare_corpus/*",
         "results/models/tiny/code/checkpoints/*/checkpoint-*",
         "results/models/tiny/code/model.safetensors",
         "logs/train_agent/*/*/*",
