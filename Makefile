@@ -3,7 +3,7 @@ PYTHON ?= python3
 CORES ?= all
 BIN := .venv/bin
 
-.PHONY: figures test setup report lint format dry-run clean help
+.PHONY: figures test setup report bench lint format dry-run clean help
 
 figures: setup ## run the default study to every figure and table
 	$(BIN)/snakemake --cores $(CORES) figures
@@ -16,6 +16,9 @@ setup: ## install what is needed into .venv
 
 report: figures ## one HTML page with every figure and table
 	$(BIN)/snakemake --report report.html
+
+bench: setup ## what early exit costs, against its peers; half an hour
+	$(BIN)/python -m benchmarks
 
 lint: setup ## style and workflow checks
 	$(BIN)/ruff check .
@@ -32,7 +35,8 @@ dry-run: setup ## what would run, and why
 	$(BIN)/snakemake --cores $(CORES) --dry-run figures
 
 clean: ## delete results and logs, keep .venv
-	rm -rf results logs .snakemake && find benchmarks -name '*.tsv' -delete
+	rm -rf results logs .snakemake
+	find . -path './benchmarks/*.tsv' -delete
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'

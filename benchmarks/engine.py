@@ -1,55 +1,27 @@
-"""What early-exit decoding costs, as ratios measured in one run.
-
-    python -m benchmarks.engine [--quick] [--out results/benchmarks]
-
-Models have random weights, so that anyone can repeat it. Every figure is process CPU time of one thread, the
-median over repeats; the repeats of everything compared are interleaved, so that a busy machine slows all
-alike. Written to `--out`: `engine.csv` (the table), `engine.json` (all seconds, floor, versions) and
-`engine.png`.
-"""
+"""What early-exit decoding costs: the engine against `model.generate` and against its own rivals."""
 
 from __future__ import annotations
 
-import argparse
-import csv
+import itertools
 import random
 import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from benchmarks.table import Row, compare, cpu_seconds, interleaved, medians
 from greencode import models
 from greencode.engine import Completion, Engine, ExitView
-from greencode.files import write_json
 from greencode.policies import AgentExit, ExitPolicy, FixedExit
-from greencode.progress import progress
-from greencode.results import device_name, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 NEW_TOKENS = 15
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; a row without a target is for information."""
-
-    model: str
-    what: str
-    measured: float
-    target: float | None = None
-
-    @property
-    def met(self) -> str:
-        """Whether the target is reached."""
-        return "" if self.target is None else "yes" if self.measured <= self.target else "NO"
 
 
 class Script:
@@ -115,26 +87,72 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def cpu_seconds(action: Callable[[], Any]) -> float:
-    """CPU time of this process that `action` takes."""
-    start = time.process_time()
-    action()
-    return time.process_time() - start
+@dataclass(frozen=True)
+class Machine:
+    """What one thread reaches here at best."""
+
+    flops: float
+    bytes: float
+
+    @classmethod
+    def measure(cls) -> Machine:
+        """FLOP/s of a matrix product and bytes/s of a matrix-vector product, float32; best of several."""
+        a, b = torch.randn(1024, 1024), torch.randn(1024, 4096)
+        matrix, vector = torch.randn(16_384, 8_192), torch.randn(8_192)
+        product = min(cpu_seconds(lambda: a @ b) for _ in range(10))
+        reading = min(cpu_seconds(lambda: matrix @ vector) for _ in range(5))
+        return cls(2 * 1024 * 1024 * 4096 / product, matrix.nbytes / reading)
 
 
-def interleaved(actions: dict[str, Callable[[], Any]], repeats: int, label: str) -> dict[str, list[float]]:
-    """Seconds of each action, `repeats` times; all once before any a second time, after a warm-up of each
-    kind, in an order that changes.
+@dataclass(frozen=True)
+class Floor:
+    """The least work of completions of one model, and its least time on a machine.
+
+    A pass of a layer over some positions takes the longer of its arithmetic and of reading its weights
+    and the keys and values before it, once.
     """
-    for name in list(actions)[:2]:
-        actions[name]()
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    order = list(actions)
-    for _ in progress(range(repeats), label):
-        random.Random(0).shuffle(order)
-        for name in order:
-            seconds[name].append(cpu_seconds(actions[name]))
-    return seconds
+
+    engine: Engine
+    machine: Machine
+
+    def passes(self, depths: list[int], context: int, cached: bool = True) -> Iterator[tuple[int, int]]:
+        """(positions before, positions run) of every pass of a layer that cannot be avoided."""
+        for layer in range(self.engine.family.depth):
+            ends = [context + token for token, depth in enumerate(depths) if depth > layer]
+            for start, end in itertools.pairwise([0, *ends]):
+                yield (start, end - start) if cached else (0, end)
+
+    def work(self, before: int, count: int) -> tuple[float, float]:
+        """FLOPs and bytes of one pass."""
+        family = self.engine.family
+        heads, size = family.kv_shape()
+        width = family.config.num_attention_heads * size
+        weights = sum(weight.numel() for weight in family.layers[0].parameters())
+        # Scores and their products with the values, each position with those up to itself.
+        attention = 2 * 2 * width * (count * before + count * count / 2)
+        return (
+            2 * weights * count + attention,
+            family.dtype.itemsize * (weights + 2 * heads * size * (before + count)),
+        )
+
+    def seconds(self, depths: list[int], context: int, cached: bool = True) -> float:
+        """Least time of a completion whose tokens have these depths."""
+        head = self.engine.family.lm_head.weight
+        total = len(depths) * max(2 * head.numel() / self.machine.flops, head.nbytes / self.machine.bytes)
+        for before, count in self.passes(depths, context, cached):
+            flops, read = self.work(before, count)
+            total += max(flops / self.machine.flops, read / self.machine.bytes)
+        return total
+
+    def summary(self, context: int) -> dict[str, float]:
+        """Work of the whole model over a context, and of one more token."""
+        depth, head = self.engine.family.depth, self.engine.family.lm_head.weight
+        (context_flops, _), (token_flops, token_bytes) = self.work(0, context), self.work(context, 1)
+        return {
+            "context_gflop": depth * context_flops / 1e9,
+            "token_gflop": (depth * token_flops + 2 * head.numel()) / 1e9,
+            "token_mbytes": (depth * token_bytes + head.nbytes) / 1e6,
+        }
 
 
 def check_overhead(engine: Engine, context: list[int], rounds: int) -> tuple[float, float]:
@@ -160,52 +178,21 @@ def check_overhead(engine: Engine, context: list[int], rounds: int) -> tuple[flo
 
 
 def overhead_rows(
-    name: str, engine: Engine, context: list[int], rounds: int, full: float, target: float
+    name: str, engine: Engine, context: list[int], rounds: int, full: float, most: float
 ) -> list[Row]:
     """The agent's overhead on a completion that takes `full` seconds without it."""
     extra, token = check_overhead(engine, context, rounds)
     checks = len(engine.exit_points) - 1
     return [
-        Row(name, "agent that never leaves / full", 1 + NEW_TOKENS * extra / full, target),
-        Row(name, "agent that never leaves / full, decoding only", 1 + extra / token),
-        Row(name, "microseconds per check", 1e6 * extra / checks),
-    ]
-
-
-def machine_peaks() -> tuple[float, float]:
-    """What one thread reaches here at best: FLOP/s of a matrix product, bytes/s of a matrix-vector one."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 4096)
-    matrix, vector = torch.randn(16_384, 8_192), torch.randn(8_192)
-    product = min(cpu_seconds(lambda: a @ b) for _ in range(10))
-    reading = min(cpu_seconds(lambda: matrix @ vector) for _ in range(5))
-    return 2 * 1024 * 1024 * 4096 / product, matrix.nbytes / reading
-
-
-def floor(engine: Engine, context: int, peaks: tuple[float, float]) -> dict[str, float]:
-    """Least work of a full-depth completion, and its time at the machine's peaks.
-
-    The context is bound by arithmetic, and each further token by reading every weight and the cache once.
-    """
-    family = engine.family
-    heads, size = family.kv_shape()
-    width = family.config.num_attention_heads * size
-    layer = sum(weight.numel() for weight in family.layers[0].parameters())
-    head = family.lm_head.weight.numel()
-    # Scores and their products with the values, each position with those up to itself.
-    attention = 2 * 2 * width * context * context / 2
-    context_flops = family.depth * (2 * layer * context + attention) + 2 * head
-    cached = 2 * family.depth * heads * size * (context + NEW_TOKENS / 2)
-    token_bytes = family.dtype.itemsize * (family.depth * layer + head + cached)
-    return {
-        "context_gflop": context_flops / 1e9,
-        "token_gflop": 2 * (family.depth * layer + head) / 1e9,
-        "token_mbytes": token_bytes / 1e6,
-        "seconds": context_flops / peaks[0] + (NEW_TOKENS - 1) * token_bytes / peaks[1],
-    }
+        compare(name, "agent that never leaves", "full", full + NEW_TOKENS * extra, full, most=most),
+        compare(
+            name, f"  per token after the context, {checks} checks", "full", token + extra, token
+        ),
+    ]  # fmt: skip
 
 
 def measure(
-    name: str, config: PreTrainedConfig, context_tokens: int, repeats: int, peaks: tuple[float, float]
+    name: str, config: PreTrainedConfig, context_tokens: int, repeats: int, machine: Machine
 ) -> tuple[list[Row], dict[str, Any]]:
     """All rows of one model, and what they come from."""
     engine = Engine(build(config))
@@ -229,6 +216,7 @@ def measure(
         "first exit and full in turn": [points[0], depth] * (NEW_TOKENS // 2) + [depth],
         "each exit in turn, upwards": sorted(depths),
     }
+    fixed = [point for point in points if point < depth]
     actions: dict[str, Callable[[], Any]] = {
         "full": lambda: engine.complete(context, NEW_TOKENS, kv="full"),
         "generate": generate(use_cache=True),
@@ -238,48 +226,66 @@ def measure(
         **{f"deferred: {pattern}": scripted(script) for pattern, script in adverse.items()},
         **{
             f"fixed {point}": lambda point=point: engine.complete(context, NEW_TOKENS, FixedExit(point))
-            for point in points
+            for point in fixed
         },
         **{f"speculation {point}": generate(assistant_early_exit=point) for point in speculations},
     }
     seconds = interleaved(actions, repeats, name)
-    median = {key: statistics.median(values) for key, values in seconds.items()}
+    median = medians(seconds)
     deferred, none = actions["deferred"](), actions["none"]()
     differing = sum(a != b for a, b in zip(deferred.tokens, none.tokens, strict=True))
     mean = statistics.mean(depths) / depth
-    full = median["full"]
-    decoding = {key: median[key] - median["full, one token"] for key in ("full", "deferred")}
-    least = floor(engine, context_tokens, peaks)
+    full, first = median["full"], median["full, one token"]
+    floor = Floor(engine, machine)
+
+    def least(depths: list[int], cached: bool = True) -> float:
+        return floor.seconds(depths, context_tokens, cached)
+
+    full_floor = least([depth] * NEW_TOKENS)
     rows = [
-        Row(name, "full / model.generate", full / median["generate"], 1.02),
-        *(
-            Row(name, f"fixed {point} / full", median[f"fixed {point}"] / full, point / depth + 0.05)
-            for point in points
+        compare(
+            name, "full", "model.generate, cached", full, median["generate"], most=1.02,
+            floor_seconds=full_floor,
         ),
-        Row(name, f"deferred / none, mean depth {mean:.2f} N", median["deferred"] / median["none"], 1 / 6),
-        Row(name, "deferred against none: tokens that differ", differing, 0),
-        Row(name, "deferred / full, decoding only", decoding["deferred"] / decoding["full"], mean + 0.15),
-        Row(name, "deferred / full", median["deferred"] / full, 1.03),
         *(
-            Row(name, f"deferred / full: {pattern}", median[f"deferred: {pattern}"] / full, 1.03)
-            for pattern in adverse
+            compare(
+                name, f"fixed {point}", "full", median[f"fixed {point}"], full, most=point / depth + 0.05,
+                floor_seconds=least([point] * NEW_TOKENS),
+            )
+            for point in fixed
+        ),
+        compare(
+            name, f"deferred, mean depth {mean:.2f} N", "none", median["deferred"], median["none"],
+            most=1 / 6, floor_seconds=least(depths),
+        ),
+        Row(name, "deferred: tokens that differ", "none", differing, most=0),
+        compare(
+            name, "deferred, after the first token", "full", median["deferred"] - first, full - first,
+            most=mean + 0.15,
+        ),
+        compare(name, "deferred, whole completion", "full", median["deferred"], full, most=1.03),
+        *(
+            compare(
+                name, f"deferred: {pattern}", "full", median[f"deferred: {pattern}"], full, most=1.03,
+                floor_seconds=least(script),
+            )
+            for pattern, script in adverse.items()
         ),
         *overhead_rows(name, engine, context, repeats, full, 1.01),
         *(
-            Row(name, f"assistant_early_exit={point} / full", median[f"speculation {point}"] / full)
-            for point in speculations
-        ),
-        *(
-            Row(
-                name,
-                f"deferred / assistant_early_exit={point}",
-                median["deferred"] / median[f"speculation {point}"],
+            compare(
+                name, ours, f"assistant_early_exit={point}", median[key], median[f"speculation {point}"]
             )
             for point in speculations
+            for ours, key in (("full", "full"), (f"deferred, mean depth {mean:.2f} N", "deferred"))
         ),
-        Row(name, "full / floor", full / least["seconds"]),
-    ]
-    return rows, {"floor": least, "depths": depths, "seconds": seconds}
+        compare(
+            name, "full", "floor of this machine", full, full_floor, floor_seconds=full_floor
+        ),
+    ]  # fmt: skip
+    return rows, {
+        "depth": depth, "floor": floor.summary(context_tokens), "depths": depths, "seconds": seconds
+    }  # fmt: skip
 
 
 def bundled_rows(directory: Path, context_tokens: int, repeats: int) -> list[Row]:
@@ -289,7 +295,7 @@ def bundled_rows(directory: Path, context_tokens: int, repeats: int) -> list[Row
     full = statistics.median(
         cpu_seconds(lambda: engine.complete(context, NEW_TOKENS)) for _ in range(4 * repeats)
     )
-    return overhead_rows(directory.name, engine, context, 2 * repeats, full, 1.03)
+    return overhead_rows(directory.name, engine, context, 4 * repeats, full, 1.03)
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -300,75 +306,14 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     for axes, (name, result) in zip(
         figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
     ):
-        median = {key: statistics.median(values) for key, values in result["seconds"].items()}
+        median, depth = medians(result["seconds"]), result["depth"]
         points = [int(key.split()[1]) for key in median if key.startswith("fixed")]
         share = [median[f"fixed {point}"] / median["full"] for point in points]
-        axes.plot([0, points[-1]], [0, 1], color="0.6", label="depth / N")
-        axes.plot(points, share, "o-", label="fixed exit")
-        axes.axhline(median["generate"] / median["full"], color="C1", ls="--", label="model.generate")
+        axes.plot([0, depth], [0, 1], color="0.6", label="depth / N")
+        axes.plot([*points, depth], [*share, 1], "o-", color="C0", label="fixed exit; full")
+        axes.axhline(median["generate"] / median["full"], color="C1", ls="--", label="model.generate, cached")
         mean = statistics.mean(result["depths"])
         axes.plot(mean, median["deferred"] / median["full"], "s", color="C2", label="mixed depths, deferred")
         axes.set(title=name, xlabel="(mean) depth, layers", ylabel="CPU time / full", xlim=0, ylim=0)
         axes.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
-
-
-def main() -> None:
-    """Measure, print the table, write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny models: shows that it runs, no more")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks"), help="folder to write to")
-    parser.add_argument("--repeats", type=int, help="of each measurement; 5 unless told, 1 if quick")
-    arguments = parser.parse_args()
-    context, repeats = (64, 1) if arguments.quick else (512, 5)
-    repeats = arguments.repeats or repeats
-
-    torch.set_num_threads(1)
-    start = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    peaks = machine_peaks()
-    rows, results = [], {}
-    for name, config in shapes(arguments.quick).items():
-        found, results[name] = measure(name, config, context, repeats, peaks)
-        rows += found
-    for directory in sorted(Path("resources/models").glob("*/config.json")):
-        rows += bundled_rows(directory.parent, context, repeats)
-
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with open(arguments.out / "engine.csv", "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["model", "what", "measured", "target", "met"])
-        writer.writerows([row.model, row.what, row.measured, row.target, row.met] for row in rows)
-    about = {
-        "start": start,
-        "device": device_name("cpu"),
-        "versions": versions(),
-        "threads": 1,
-        "dtype": "float32",
-        "context_tokens": context,
-        "new_tokens": NEW_TOKENS,
-        "repeats": repeats,
-        "peak_gflop_per_second": peaks[0] / 1e9,
-        "peak_gbyte_per_second": peaks[1] / 1e9,
-    }
-    write_json(
-        arguments.out / "engine.json", about | {"rows": [asdict(row) for row in rows], "models": results}
-    )
-    draw(results, arguments.out / "engine.png")
-
-    for row in rows:
-        target = "" if row.target is None else f"<= {row.target:.3f}"
-        print(f"{row.model:17} {row.what:46} {row.measured:7.3f} {target:>9} {row.met:>4}")
-    for name, result in results.items():
-        least = result["floor"]
-        print(
-            f"{name}: floor {least['context_gflop']:.0f} GFLOP for the context, then per token "
-            f"{least['token_mbytes']:.0f} MB and {least['token_gflop']:.2f} GFLOP: "
-            f"{least['seconds']:.2f} s at {peaks[0] / 1e9:.0f} GFLOP/s and {peaks[1] / 1e9:.1f} GB/s; "
-            f"full takes {statistics.median(result['seconds']['full']):.2f} s"
-        )
-    print(f"{about['device']}; " + ", ".join(f"{key} {value}" for key, value in about["versions"].items()))
-    print(f"{sum(row.met == 'NO' for row in rows)} targets missed", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

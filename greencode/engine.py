@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -45,33 +44,55 @@ class Usage:
         layer_positions: positions summed over layer calls: deferred work and the context included.
         checks: times the policy was asked.
         head_calls: times the LM head ran, rules that read logits at an exit included.
+        host_syncs: times the host waited for a value of the device: one for each token, and one for each
+            decision of a rule that looks at the state. On a CPU nobody waits; the count is the same.
     """
 
     layer_calls: int = 0
     layer_positions: int = 0
     checks: int = 0
     head_calls: int = 0
+    host_syncs: int = 0
 
 
 class ExitView:
-    """What a policy sees at an exit point of one token; nothing is computed before it is asked for."""
+    """What a policy sees at an exit point of one token; nothing is computed before it is asked for.
+
+    Asked at every exit point of every token, it is kept lean: on the bundled models a cached property
+    alone would cost a tenth of a check.
+    """
+
+    __slots__ = ("_family", "_hidden", "_logits", "_observation", "_usage", "depth")
 
     def __init__(self, family: Family, hidden: torch.Tensor, depth: int, usage: Usage):
         self._family = family
         self._hidden = hidden
         self._usage = usage
+        self._observation: torch.Tensor | None = None
+        self._logits: torch.Tensor | None = None
         self.depth = depth
 
-    @cached_property
+    @property
     def observation(self) -> torch.Tensor:
         """The last position's hidden state [H] after the final norm (`OBSERVATION`)."""
-        return self._family.observe(self._hidden)[0, -1]
+        if self._observation is None:
+            self._observation = self._family.observe(self._hidden[0, -1])
+        return self._observation
 
-    @cached_property
+    @property
     def logits(self) -> torch.Tensor:
         """Logits [V] this exit would answer with. Costs an LM head, and is counted."""
-        self._usage.head_calls += 1
-        return self._family.logits(self.observation)
+        if self._logits is None:
+            self._usage.head_calls += 1
+            self._logits = self._family.logits(self.observation)
+        return self._logits
+
+    def to_host(self, value: torch.Tensor) -> np.ndarray:
+        """A tensor as a float32 array of its shape. Waits for the device, and is counted."""
+        self._usage.host_syncs += 1
+        if value.dtype != torch.float32 or not value.is_cpu:
+            value = value.float().cpu()
+        return value.numpy()
 
 
 OBSERVATION = "final_norm"
@@ -138,14 +159,14 @@ class _Chooser:
                 self.processors.append(TopPLogitsWarper(sampling.top_p))
             self.generator = torch.Generator(device).manual_seed(sampling.seed)
 
-    def __call__(self, logits: torch.Tensor, text: Sequence[int]) -> int:
-        """Token id for logits [V] after the ids of `text`."""
+    def __call__(self, logits: torch.Tensor, text: Sequence[int]) -> torch.Tensor:
+        """Token id, one number on the device, for logits [V] after the ids of `text`."""
         if self.processors:
             ids = torch.tensor([text], device=logits.device)
             logits = self.processors(ids, logits[None].float())[0]
         if self.greedy:
-            return int(logits.argmax())
-        return int(torch.multinomial(logits.float().softmax(-1), 1, generator=self.generator))
+            return logits.argmax()
+        return torch.multinomial(logits.float().softmax(-1), 1, generator=self.generator)
 
 
 class _LayerCache:
@@ -209,7 +230,7 @@ class _Request:
             hidden = self._run(below, depth, hidden, start)
             below = depth
             if answer is None:
-                view = ExitView(self.family, hidden[:, -1:], depth, self.usage)
+                view = ExitView(self.family, hidden, depth, self.usage)
                 if depth == self.family.depth:
                     return view, depth
                 if policy is not None:
@@ -384,11 +405,12 @@ class Engine:
                     request.length = 0
                 view, depth = request.advance(ids, policy if kv != "full" else None)
                 logits = view.logits
-                token = int(logits.argmax()) if choose is None else choose(logits, context + done.tokens)
-                if kv == "none":
-                    ids = torch.cat([ids, torch.tensor([[token]], device=device)], dim=1)
-                else:
-                    ids = torch.tensor([[token]], device=device)
+                chosen = logits.argmax() if choose is None else choose(logits, context + done.tokens)
+                # The id stays on the device for the next step; the host reads it, and sends nothing back.
+                new = chosen.view(1, 1)
+                ids = torch.cat([ids, new], dim=1) if kv == "none" else new
+                request.usage.host_syncs += 1
+                token = int(chosen)
             done.tokens.append(token)
             done.depths.append(depth)
             yield Token(token, depth)

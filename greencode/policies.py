@@ -65,7 +65,7 @@ class ExitPolicy:
         self.observation = observation
         self.fingerprint = fingerprint
         self.training = training
-        weight, bias = self.layers[-1]
+        *self._hidden, (weight, bias) = self.layers
         # The softmax of two logits is the sigmoid of their difference: one row serves instead of two.
         self._difference = weight[1] - weight[0]
         self._offset = float(bias[1]) - float(bias[0])
@@ -91,26 +91,40 @@ class ExitPolicy:
         if temperature <= 0:
             raise UserError(f"Temperature {temperature} is not positive; choose one above 0, e.g. 1.")
         state = np.asarray(observation, np.float32)
-        if state.shape[-1:] != (self.hidden_size,):
-            raise UserError(
-                f"The agent expects hidden states of size {self.hidden_size}, not shape {state.shape}; "
-                "use an agent trained on this model."
-            )
         if state.ndim == 1:
-            for weight, bias in self.layers[:-1]:
-                state = weight.dot(state)
-                state += bias
-                np.tanh(state, out=state)
-            return _sigmoid((float(self._difference.dot(state)) + self._offset) / temperature)
+            return _sigmoid(self.logit(state) / temperature)
+        if state.shape[-1:] != (self.hidden_size,):
+            raise self._wrong_size(state)
         shape = state.shape[:-1]
         state = state.reshape(-1, self.hidden_size)
-        for weight, bias in self.layers[:-1]:
+        for weight, bias in self._hidden:
             state = state @ weight.T
             state += bias
             np.tanh(state, out=state)
         logits = (state @ self._difference + np.float32(self._offset)) / np.float32(temperature)
         # By way of tanh, as exp would overflow.
         return ((1 + np.tanh(logits / 2)) / 2).reshape(shape)
+
+    def logit(self, state: np.ndarray) -> float:
+        """Log odds of exit for one observation, float32 [H]. The decision of a running completion: lean.
+
+        Raises:
+            UserError: if H is another model's.
+        """
+        try:
+            for weight, bias in self._hidden:
+                state = weight.dot(state)
+                state += bias
+                np.tanh(state, out=state)
+        except ValueError:
+            raise self._wrong_size(state) from None
+        return float(self._difference.dot(state)) + self._offset
+
+    def _wrong_size(self, state: np.ndarray) -> UserError:
+        return UserError(
+            f"The agent expects hidden states of size {self.hidden_size}, not shape {state.shape}; "
+            "use an agent trained on this model."
+        )
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors, whole or not at all; equal policies give equal bytes."""
@@ -215,8 +229,8 @@ class AgentExit:
 
     def leaves(self, view: ExitView) -> bool:
         if self._on_device is None:
-            observation = view.observation.float().cpu().numpy()
-            return self.agent.probability(observation, self.temperature) > self.threshold
+            logit = self.agent.logit(view.to_host(view.observation))
+            return _sigmoid(logit / self.temperature) > self.threshold
         import torch
 
         state = view.observation.float()
@@ -224,4 +238,4 @@ class AgentExit:
         for weight, bias in hidden:
             state = torch.tanh(torch.addmv(bias, weight, state))
         stay, leave = torch.addmv(last[1], last[0], state)
-        return bool(torch.sigmoid((leave - stay) / self.temperature) > self.threshold)
+        return bool(view.to_host(torch.sigmoid((leave - stay) / self.temperature) > self.threshold))

@@ -18,6 +18,9 @@ class View:
     depth: int = 1
     observation: torch.Tensor | None = None
 
+    def to_host(self, value: torch.Tensor) -> np.ndarray:
+        return value.numpy()
+
 
 def on_torch(agent, threshold: float, temperature: float = 1.0) -> AgentExit:
     """The policy as it decides on a GPU, here on the CPU."""
@@ -92,7 +95,8 @@ def test_numpy_and_torch_complete_alike(tiny, agent):
     for threshold in (0.2, 0.5, 0.8):
         here = engine.complete(context, 10, AgentExit(agent, threshold))
         there = engine.complete(context, 10, on_torch(agent, threshold))
-        assert (here.tokens, here.depths) == (there.tokens, there.depths)
+        assert (here.tokens, here.depths, here.usage) == (there.tokens, there.depths, there.usage)
+        assert here.usage.host_syncs == here.usage.checks + 10
         depths |= set(here.depths)
     assert len(depths) > 1
 
