@@ -19,6 +19,8 @@ from greencode.episodes import read_safetensors, write_safetensors
 from greencode.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from greencode.engine import ExitView
 
 FORMAT = "greencode-policy-2"
@@ -205,6 +207,29 @@ class FixedExit:
         return view.depth >= self.depth
 
 
+class DeviceAgent:
+    """The actor's network on a torch device: P(exit) of an observation, without leaving the device."""
+
+    def __init__(self, agent: ExitPolicy, device: str, temperature: float = 1.0):
+        import torch
+
+        self.temperature = temperature
+        *self._hidden, (weight, bias) = (
+            (torch.tensor(weight, device=device), torch.tensor(bias, device=device))
+            for weight, bias in agent.layers
+        )
+        self._difference, self._offset = weight[1] - weight[0], bias[1] - bias[0]
+
+    def __call__(self, observation: torch.Tensor) -> torch.Tensor:
+        """P(exit), a number, of one observation [H]."""
+        import torch
+
+        state = observation.float()
+        for weight, bias in self._hidden:
+            state = torch.tanh(torch.addmv(bias, weight, state))
+        return torch.sigmoid((self._difference.dot(state) + self._offset) / self.temperature)
+
+
 class AgentExit:
     """The trained agent: leave if P(exit) > threshold (never argmax).
 
@@ -218,24 +243,10 @@ class AgentExit:
         if temperature <= 0:
             raise UserError(f"The agent's temperature is {temperature}; it must be above 0.")
         self.temperature = temperature
-        self._on_device = None
-        if not device.startswith("cpu"):
-            import torch
-
-            self._on_device = [
-                (torch.tensor(weight, device=device), torch.tensor(bias, device=device))
-                for weight, bias in agent.layers
-            ]
+        self._network = None if device.startswith("cpu") else DeviceAgent(agent, device, temperature)
 
     def leaves(self, view: ExitView) -> bool:
-        if self._on_device is None:
+        if self._network is None:
             logit = self.agent.logit(view.to_host(view.observation))
             return _sigmoid(logit / self.temperature) > self.threshold
-        import torch
-
-        state = view.observation.float()
-        *hidden, last = self._on_device
-        for weight, bias in hidden:
-            state = torch.tanh(torch.addmv(bias, weight, state))
-        stay, leave = torch.addmv(last[1], last[0], state)
-        return bool(view.to_host(torch.sigmoid((leave - stay) / self.temperature) > self.threshold))
+        return bool(view.to_host(self._network(view.observation) > self.threshold))

@@ -6,7 +6,7 @@ import torch
 
 from greencode.engine import Engine, as_policy
 from greencode.errors import UserError
-from greencode.policies import AgentExit, FixedExit
+from greencode.policies import AgentExit, DeviceAgent, FixedExit
 
 POINTS = (1, 2, 4, 6)
 
@@ -25,7 +25,7 @@ class View:
 def on_torch(agent, threshold: float, temperature: float = 1.0) -> AgentExit:
     """The policy as it decides on a GPU, here on the CPU."""
     policy = AgentExit(agent, threshold, temperature)
-    policy._on_device = [(torch.tensor(weight), torch.tensor(bias)) for weight, bias in agent.layers]
+    policy._network = DeviceAgent(agent, "cpu", temperature)
     return policy
 
 
