@@ -28,6 +28,7 @@ rule pack_corpus:
         "../../envs/torch.yaml"
     params:
         pretrain={key: PRETRAIN.get(key) for key in ["corpus", "tokens", "context"]},
+        seed=STUDY["seed"],
         code=code("pack_corpus"),
     message:
         "Packing the training corpus"
