@@ -243,16 +243,11 @@ def stages_of(shape: dict[str, Any], training: dict[str, Any], blocks: int) -> l
     return stages
 
 
-def _factor(step: int, warmup: int, total: int) -> float:
-    """Learning rate as a part of its peak: linear warm-up, then linear decay to zero."""
-    return min((step + 1) / (warmup + 1), max(total - step, 0) / max(total - warmup, 1))
-
-
 def _train_stage(model, stage, training, offset, total, data, checkpoints, device):
     """Train over one stage's blocks on the Hugging Face Trainer, from its last checkpoint if there is one.
 
-    `offset` of `total` steps were taken in earlier stages. Gives the Trainer's log, the steps done before and
-    the seconds of the rest.
+    `offset` of `total` is the cost (steps times layers) of earlier stages. Gives the Trainer's log, the steps
+    done before and the seconds of the rest.
     """
     import torch
     from transformers import Trainer, TrainingArguments
@@ -275,10 +270,13 @@ def _train_stage(model, stage, training, offset, total, data, checkpoints, devic
             with torch.autocast(device, torch.bfloat16, enabled=training["bf16"]):
                 return compute(ids, positions)
 
+    def factor(step: int) -> float:
+        """Of the peak: each stage warms its new optimiser up; linear decay to zero over the whole cost."""
+        warm = (step + 1) / (training["warmup_steps"] + 1)
+        return min(warm, 1) * max(1 - (offset + step * stage["layers"]) / total, 0)
+
     optimiser = optimiser_of(model, training["learning_rate"], training["weight_decay"])
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: _factor(offset + step, training["warmup_steps"], total)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=stage["steps"],
@@ -333,8 +331,8 @@ def train_model(
     tokenizer = load_tokenizer(tokenizer_directory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stages = stages_of(shape, training, len(data))
-    total, offset, since, seconds = sum(stage["steps"] for stage in stages), 0, 0.0, 0.0
-    resumed = False
+    total = sum(stage["steps"] * stage["layers"] for stage in stages)
+    offset, steps, since, seconds, resumed = 0, 0, 0.0, 0.0, False
     meter = Meter.open(device, cpu_watts)
     curve: list[dict[str, float]] = []
     model = None
@@ -361,14 +359,15 @@ def train_model(
                 resumed = resumed or done > 0
                 save_model(model, str(weights))
                 entries = [
-                    {"step": offset + e["step"], "loss": e["loss"], "learning_rate": e["learning_rate"]}
+                    {"step": steps + e["step"], "loss": e["loss"], "learning_rate": e["learning_rate"]}
                     for e in log
                     if "loss" in e
                 ]
                 write_json(record, entries)
                 torch.compiler.reset()
             curve += read_json(record)
-            offset += stage["steps"]
+            steps += stage["steps"]
+            offset += stage["steps"] * stage["layers"]
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     models.save(model.to(torch.bfloat16), out)
