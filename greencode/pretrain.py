@@ -13,6 +13,7 @@ import ctypes
 import itertools
 import math
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from greencode import models
-from greencode.corpus import read_corpus
+from greencode.corpus import Record, read_corpus
 from greencode.energy import Meter
 from greencode.errors import UserError
 from greencode.files import read_json, write_json
@@ -31,22 +32,30 @@ LANGUAGES = ("java", "python")
 POSITION_SCALE = 0.005
 
 
+def _training_files(corpus: str, language: str, held_back: int) -> Iterator[Record]:
+    """Files of the train split in the corpus's order, without the last `held_back`."""
+    waiting: deque[Record] = deque()
+    for record in read_corpus(corpus, language, "train"):
+        waiting.append(record)
+        if len(waiting) > held_back:
+            yield waiting.popleft()
+
+
 def build_tokenizer(
-    corpus: str, vocabulary: int, files_per_language: int, context: int, directory: str | Path
+    corpus: str,
+    vocabulary: int,
+    files_per_language: int,
+    context: int,
+    directory: str | Path,
+    held_back: int = 0,
 ) -> None:
     """Byte-level BPE on an equal number of training files of each language."""
     texts = (
         text_of(record.code)
         for language in LANGUAGES
-        for record in itertools.islice(read_corpus(corpus, language, "train"), files_per_language)
+        for record in itertools.islice(_training_files(corpus, language, held_back), files_per_language)
     )
     train_tokenizer(texts, vocabulary, context, directory)
-
-
-def tokens_of(corpus: str, language: str, split: str, tokenizer_directory: str | Path) -> Iterator[list[int]]:
-    """Model tokens of each file of a language, in the corpus's order."""
-    tokenizer = load_tokenizer(tokenizer_directory)
-    return encode(tokenizer, (record.code for record in read_corpus(corpus, language, split)))
 
 
 def _take(files: Iterator[list[int]], tokens: int) -> Iterator[list[int]]:
@@ -60,20 +69,27 @@ def _take(files: Iterator[list[int]], tokens: int) -> Iterator[list[int]]:
 
 
 def build_blocks(
-    corpus: str, tokenizer_directory: str | Path, block: int, tokens: int, seed: int, out: str | Path
+    corpus: str,
+    tokenizer_directory: str | Path,
+    block: int,
+    tokens: int,
+    seed: int,
+    out: str | Path,
+    held_back: int = 0,
 ) -> None:
     """Packed blocks [n, block] of the train split as a .npy of uint16, half of the tokens from each language,
     in seeded order so that any run of blocks is a sample of both.
 
-    A file that is longer than the rest of a language's budget is still taken whole.
+    A file that is longer than the rest of a language's budget is still taken whole; a language that runs out
+    of files has a smaller share. The last `held_back` files of each language are for others.
     """
-    share = tokens // len(LANGUAGES)
-    blocks = np.concatenate(
-        [
-            pack(_take(tokens_of(corpus, language, "train", tokenizer_directory), share), block)
-            for language in LANGUAGES
-        ]
-    ).astype(np.uint16)
+    tokenizer, share = load_tokenizer(tokenizer_directory), tokens // len(LANGUAGES)
+
+    def blocks_of(language: str) -> np.ndarray:
+        codes = (record.code for record in _training_files(corpus, language, held_back))
+        return pack(_take(encode(tokenizer, codes), share), block).astype(np.uint16)
+
+    blocks = np.concatenate([blocks_of(language) for language in LANGUAGES])
     np.save(out, np.random.default_rng(seed).permutation(blocks))
 
 

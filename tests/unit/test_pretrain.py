@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from greencode import models
+from greencode.corpus import read_corpus
 from greencode.errors import UserError
 from greencode.files import read_json, write_json, write_text
 from greencode.ngram import KneserNey
@@ -20,10 +21,9 @@ from greencode.pretrain import (
     grow,
     new_model,
     stages_of,
-    tokens_of,
     train_model,
 )
-from greencode.tokenise import load_tokenizer
+from greencode.tokenise import encode, load_tokenizer
 from greencode.validate import model_card, validate_model, validate_ngrams
 
 torch.set_num_threads(1)
@@ -67,6 +67,11 @@ def corpus(tmp_path_factory):
     )
     write_json(folder / "python" / "manifest.json", {"sources": [{"repo": "no/split", "licence": "MIT"}]})
     return folder
+
+
+def tokens_of(corpus, language, split, tokenizer):
+    codes = [record.code for record in read_corpus(corpus, language, split)]
+    return encode(load_tokenizer(tokenizer), codes)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +121,7 @@ def test_blocks_hold_the_same_share_of_each_language(corpus, tokenizer, blocks):
     expected = []
     for language in ("java", "python"):
         stream = []
-        for ids in tokens_of(str(corpus), language, "train", tokenizer):
+        for ids in tokens_of(corpus, language, "train", tokenizer):
             if len(stream) >= 6 * CONTEXT:
                 break
             stream += ids
@@ -125,6 +130,17 @@ def test_blocks_hold_the_same_share_of_each_language(corpus, tokenizer, blocks):
     assert sorted(data.tolist()) == sorted(ordered)
     assert data.tolist() != ordered  # both languages in every part
     assert len(data) in (12, 13, 14)  # the last file of a language is taken whole
+
+
+def test_files_held_back_are_not_read(corpus, tokenizer, tmp_path):
+    """Of 40 files of a language, 38 are held back."""
+    build_blocks(str(corpus), tokenizer, CONTEXT, 10**6, 1, tmp_path / "train.npy", held_back=38)
+    text = " ".join(load_tokenizer(tokenizer).batch_decode(np.load(tmp_path / "train.npy")))
+    assert "a1 " in text
+    assert "a2 " not in text
+    build_tokenizer(str(corpus), 320, 30, CONTEXT, tmp_path, held_back=39)
+    build_tokenizer(str(corpus), 320, 1, CONTEXT, tmp_path / "one")
+    assert (tmp_path / "tokenizer.json").read_bytes() == (tmp_path / "one" / "tokenizer.json").read_bytes()
 
 
 def test_a_corpus_too_small_for_one_block_is_named(corpus, tokenizer, tmp_path):
@@ -234,7 +250,7 @@ def test_validation_by_hand(made, corpus, blocks, tokenizer, tmp_path):
         total = {"nats": [], "hits": [], "text": ""}
         for language in ("java", "python"):
             nats, hits, text, count = [], [], "", 0
-            for ids in tokens_of(str(corpus), language, "validation", made):
+            for ids in tokens_of(corpus, language, "validation", made):
                 ids = ids[:CONTEXT]
                 for row, target in zip(predict(ids), ids[1:], strict=True):
                     nats.append(-np.log(row[target]))

@@ -8,7 +8,13 @@ rule train_tokenizer:
     params:
         pretrain={
             key: PRETRAIN.get(key)
-            for key in ["corpus", "vocabulary", "tokenizer_files", "context"]
+            for key in [
+                "corpus",
+                "vocabulary",
+                "tokenizer_files",
+                "context",
+                "held_back",
+            ]
         },
         code=code("train_tokenizer"),
     message:
@@ -27,7 +33,9 @@ rule pack_corpus:
     conda:
         "../../envs/torch.yaml"
     params:
-        pretrain={key: PRETRAIN.get(key) for key in ["corpus", "tokens", "context"]},
+        pretrain={
+            key: PRETRAIN.get(key) for key in ["corpus", "tokens", "context", "held_back"]
+        },
         seed=STUDY["seed"],
         code=code("pack_corpus"),
     message:
