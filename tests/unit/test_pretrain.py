@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from benchmarks import gpu_pretrain
 from greencode import models
 from greencode.corpus import read_corpus
 from greencode.errors import UserError
@@ -377,3 +378,13 @@ def test_an_interrupted_training_resumes_to_the_same_weights(
     share = len(again) / 6  # the other steps took no time of this run
     per_second = share * record["tokens_seen"] / sum(o.metrics["train_runtime"] for o in outcomes)
     assert resumed["tokens_per_second"] == pytest.approx(per_second, abs=0.06)
+
+
+def test_the_run_on_a_gpu_in_small(corpus, tmp_path, capsys):
+    gpu_pretrain.main(["--micro", "--corpus", str(corpus), "--out", str(tmp_path), "--threads", "1"])
+    printed = capsys.readouterr().out
+    for name, family in (("llama-code", "llama"), ("opt-code", "opt")):
+        assert models.load(tmp_path / name).config.model_type == family
+        assert (tmp_path / name / "README.md").read_text().startswith(f"# {name}\n")
+        assert f"{name}: 1.0 passes, accuracy 0." in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"llama-code", "opt-code"}
