@@ -34,7 +34,8 @@ rule pack_corpus:
         "../../envs/torch.yaml"
     params:
         pretrain={
-            key: PRETRAIN.get(key) for key in ["corpus", "tokens", "context", "held_back"]
+            key: PRETRAIN.get(key)
+            for key in ["corpus", "tokens", "context", "held_back"]
         },
         seed=STUDY["seed"],
         code=code("pack_corpus"),
