@@ -41,4 +41,4 @@ rule tables:
 
 rule pretrain:
     input:
-        PRETRAINED,
+        pretrained,

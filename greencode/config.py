@@ -94,9 +94,13 @@ def check(config: dict[str, Any], root: str | Path = ".") -> None:
         raise UserError("Configuration: trajectories.low is above trajectories.high.")
     for name, dataset in config["datasets"].items():
         _check_source(name, dataset["source"], root)
+    made = pretrained(config)
     for name, model in config["models"].items():
         points_of(model)
-        _check_model(name, model, root)
+        if model.get("path") in made and "hub" not in model:
+            _check_layers(name, model, made[model["path"]]["layers"])
+        else:
+            _check_model(name, model, root)
     for name in config["agents"]:
         for dataset in config["agents"][name]["datasets"]:
             if dataset not in config["datasets"]:
@@ -129,17 +133,26 @@ def _check_source(name: str, source: dict[str, Any], root: Path) -> None:
         raise UserError(f"{where}.path: {path} does not exist.")
 
 
+def pretrained(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Shapes of the base models that this configuration makes itself, by their folder."""
+    shapes = config.get("pretrain", {}).get("models", {})
+    return {f"results/pretrain/{name}": shape for name, shape in shapes.items()}
+
+
+def _check_layers(name: str, model: dict[str, Any], found: int) -> None:
+    if found != model["layers"]:
+        raise UserError(
+            f"Configuration: models.{name}.layers is {model['layers']}, but {model['path']} has {found}."
+        )
+
+
 def _check_model(name: str, model: dict[str, Any], root: Path) -> None:
     from greencode.models import check_weights, layer_count, read_config
 
     if ("path" in model) == ("hub" in model):
         raise UserError(f"Configuration: models.{name} needs either path or hub.")
     if "path" in model:
-        found = layer_count(read_config(root / model["path"]))
-        if found != model["layers"]:
-            raise UserError(
-                f"Configuration: models.{name}.layers is {model['layers']}, but {model['path']} has {found}."
-            )
+        _check_layers(name, model, layer_count(read_config(root / model["path"])))
         check_weights(root / model["path"])
 
 

@@ -461,12 +461,27 @@ def test_the_base_models_are_made_by_config_pretrain():
     made = full["pretrain"]
     assert set(made["models"]) == set(full["models"])
     for name, family, inner in (("llama-code", "llama", 432), ("opt-code", "opt", 640)):
-        shape = {"family": family, "layers": 16, "hidden": 160, "heads": 5, "feed_forward": inner}
+        shape = {"family": family, "layers": 16, "hidden": 160, "heads": 2, "feed_forward": inner}
         assert made["models"][name] == shape
         assert models.read_config(ROOT / "resources" / "models" / name)["model_type"] == family
     assert {name: part for name, part in full.items() if name not in ("pretrain", "threads")} == {
         name: part for name, part in study.complete(read("config")).items() if name != "threads"
     }
+
+
+def test_a_study_of_the_model_it_makes_itself_needs_no_model_yet(tmp_path):
+    full = study.complete(merged("medium"))
+    (tmp_path / "results/held-back").mkdir(parents=True)
+    for language in ("java", "python"):
+        (tmp_path / f"results/held-back/{language}.jsonl.xz").touch()
+    study.check(full, tmp_path)
+    model = new_model(full["pretrain"]["models"]["llama-medium"] | {"layers": 4}, 8192, 64, 0, 1, 1)
+    layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
+    assert 28 * layer + 8192 * 512 == pytest.approx(100e6, rel=0.02)
+    assert len(study.points_of(full["models"]["llama-medium"])) >= 6
+    full["models"]["llama-medium"]["layers"] = 24
+    with pytest.raises(UserError, match="layers is 24, but results/pretrain/llama-medium has 28"):
+        study.check(full, tmp_path)
 
 
 # --- what a rule's code is ---------------------------------------------------------------------------

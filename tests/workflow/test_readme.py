@@ -99,6 +99,24 @@ def test_the_papers_study_is_that_of_the_paper(jobs):
     assert count["generate_fixed"] == 2 * 9 + 2 * 10  # Llama has 9 exits before the last layer, OPT 10
 
 
+def test_the_medium_study_makes_its_model_first(study, jobs):
+    """The folder of files that the config's own commands hold back is there; the model is not."""
+    (study.folder / "results/held-back").mkdir(parents=True)
+    for language in ("java", "python"):
+        (study.folder / f"results/held-back/{language}.jsonl.xz").touch()
+    count = jobs("snakemake --cores all figures --configfile config/medium.yaml")
+    assert count["pretrain_model"] == count["validate_model"] == count["fetch_base_model"] == 1
+    assert count["prepare_corpus"] == count["finetune_model"] == 2
+    shutil.rmtree(study.folder / "results")
+
+
+def test_without_base_models_to_make_pretrain_says_so(study):
+    done = study.snakemake("pretrain", "--dry-run")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("pretrain: no base models to make; add --configfile")
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")

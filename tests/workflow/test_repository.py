@@ -114,7 +114,7 @@ def test_snakemake_has_nothing_to_complain_of(new_study):
     assert "in a good condition" in done.stdout + done.stderr
     graph = study.snakemake("figures", "--rulegraph").stdout
     drawn = set(re.findall(r'label = "(\w+)"', graph))
-    pretraining = {"train_tokenizer", "pack_corpus", "pretrain_model"}
+    pretraining = {"train_tokenizer", "pack_corpus", "pretrain_model", "validate_ngrams", "validate_model"}
     assert drawn == set(RULES) - pretraining | {"figures"}
 
 

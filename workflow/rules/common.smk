@@ -103,7 +103,12 @@ def dataset_files(wildcards):
 
 
 def model_files(wildcards):
-    return files_at(STUDY["models"][wildcards.model].get("path"))
+    path = STUDY["models"][wildcards.model].get("path")
+    if path in study.pretrained(STUDY):
+        return expand(
+            "{path}/{name}", path=path, name=["model.safetensors", "README.md"]
+        )
+    return files_at(path)
 
 
 # One dict per stage: Snakemake compares the values of params without their names.
@@ -234,6 +239,12 @@ WEIGHTED = [
     for name, model in STUDY["models"].items()
 ]
 PRETRAIN = STUDY.get("pretrain", {})
-PRETRAINED = expand(
-    "results/pretrain/{shape}/README.md", shape=PRETRAIN.get("models", {})
-)
+
+
+def pretrained(wildcards):
+    """The base models to be made; without the configuration that names them there is nothing to do."""
+    if not PRETRAIN.get("models"):
+        sys.exit(
+            "pretrain: no base models to make; add --configfile config/pretrain.yaml, or a file like it."
+        )
+    return expand("results/pretrain/{shape}/README.md", shape=PRETRAIN["models"])

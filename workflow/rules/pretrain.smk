@@ -8,7 +8,13 @@ rule train_tokenizer:
     params:
         pretrain={
             key: PRETRAIN.get(key)
-            for key in ["corpus", "vocabulary", "tokenizer_files", "context"]
+            for key in [
+                "corpus",
+                "vocabulary",
+                "tokenizer_files",
+                "context",
+                "held_back",
+            ]
         },
         code=code("train_tokenizer"),
     message:
@@ -27,7 +33,11 @@ rule pack_corpus:
     conda:
         "../../envs/torch.yaml"
     params:
-        pretrain={key: PRETRAIN.get(key) for key in ["corpus", "tokens", "context"]},
+        pretrain={
+            key: PRETRAIN.get(key)
+            for key in ["corpus", "tokens", "context", "held_back"]
+        },
+        seed=STUDY["seed"],
         code=code("pack_corpus"),
     message:
         "Packing the training corpus"
@@ -40,8 +50,8 @@ rule pretrain_model:
         tokenizer="results/pretrain/tokenizer/tokenizer.json",
         blocks="results/pretrain/train.npy",
     output:
-        card="results/pretrain/{shape}/README.md",
         weights="results/pretrain/{shape}/model.safetensors",
+        record="results/pretrain/{shape}/training.json",
     log:
         "logs/pretrain_model/{shape}.log",
     benchmark:
@@ -57,7 +67,11 @@ rule pretrain_model:
         runtime=1440,
     params:
         shape=lambda wildcards: PRETRAIN["models"][wildcards.shape],
-        pretrain={key: value for key, value in PRETRAIN.items() if key != "models"},
+        pretrain={
+            key: value
+            for key, value in PRETRAIN.items()
+            if key not in ["models", "validation_files"]
+        },
         watts=STUDY["generate"]["cpu_watts"],
         seed=STUDY["seed"],
         code=code("pretrain_model"),
@@ -65,3 +79,55 @@ rule pretrain_model:
         "Training base model {wildcards.shape} from scratch"
     script:
         "../scripts/pretrain_model.py"
+
+
+VALIDATION = {
+    key: PRETRAIN.get(key) for key in ["corpus", "context", "validation_files"]
+}
+
+
+rule validate_ngrams:
+    input:
+        tokenizer="results/pretrain/tokenizer/tokenizer.json",
+        blocks="results/pretrain/train.npy",
+    output:
+        "results/pretrain/ngrams.json",
+    log:
+        "logs/validate_ngrams.log",
+    conda:
+        "../../envs/torch.yaml"
+    resources:
+        mem_mb=8000,
+    params:
+        pretrain=VALIDATION,
+        seed=STUDY["seed"],
+        code=code("validate_ngrams"),
+    message:
+        "Counting n-grams, for comparison"
+    script:
+        "../scripts/validate_ngrams.py"
+
+
+rule validate_model:
+    input:
+        weights="results/pretrain/{shape}/model.safetensors",
+        record="results/pretrain/{shape}/training.json",
+        ngrams="results/pretrain/ngrams.json",
+    output:
+        quality="results/pretrain/{shape}/validation.json",
+        card="results/pretrain/{shape}/README.md",
+    log:
+        "logs/validate_model/{shape}.log",
+    wildcard_constraints:
+        shape=any_of(PRETRAIN.get("models", {})),
+    conda:
+        "../../envs/torch.yaml"
+    threads: STUDY["threads"]
+    params:
+        pretrain=VALIDATION,
+        seed=STUDY["seed"],
+        code=code("validate_model"),
+    message:
+        "Validating base model {wildcards.shape}"
+    script:
+        "../scripts/validate_model.py"

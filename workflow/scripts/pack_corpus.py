@@ -8,8 +8,15 @@ from greencode.pretrain import build_blocks
 
 def main(smk):
     block = smk.params.pretrain
-    tokenizer = Path(smk.input.tokenizer).parent
-    build_blocks(block["corpus"], tokenizer, block["context"], block["tokens"], smk.output[0])
+    build_blocks(
+        block["corpus"],
+        Path(smk.input.tokenizer).parent,
+        block["context"],
+        block["tokens"],
+        smk.params.seed,
+        smk.output[0],
+        block["held_back"],
+    )
 
 
 if __name__ == "__main__":

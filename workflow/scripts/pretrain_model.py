@@ -1,11 +1,10 @@
-"""One small base model from scratch: training, validation, model card."""
+"""One small base model from scratch."""
 
 import shutil
 from pathlib import Path
 
 from greencode import job
-from greencode.files import write_text
-from greencode.pretrain import model_card, train_model, validate_model
+from greencode.pretrain import train_model
 from greencode.results import config_hash
 
 
@@ -17,8 +16,6 @@ def main(smk):
     train_model(
         shape, block, smk.input.blocks, tokenizer, checkpoints, out, smk.threads, smk.params.watts or None
     )
-    validate_model(out, block["corpus"], block["validation_files"], block["seed"], smk.threads)
-    write_text(smk.output.card, model_card(out, smk.wildcards.shape, block["corpus"]))
     shutil.rmtree(out / "checkpoints")
 
 

@@ -14,6 +14,7 @@ def main(smk):
         block["tokenizer_files"],
         block["context"],
         Path(smk.output[0]).parent,
+        block["held_back"],
     )
 
 
