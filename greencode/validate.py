@@ -111,10 +111,11 @@ def model_card(directory: str | Path, name: str, corpus: str) -> str:
                 if source.get("split", "train") != "train":
                     continue
                 licences.setdefault(source.get("licence", "unknown"), set()).add(source["repo"])
+    pairs = [(part, quality["model"][part], quality["ngrams"][part]) for part in ("overall", *LANGUAGES)]
     rows = "\n".join(
-        f"| {language} | {q['accuracy']:.3f} | {q['cross_entropy_nats']:.3f} | {q['bits_per_byte']:.3f} "
+        f"| {part} | {q['accuracy']:.3f} | {q['cross_entropy_nats']:.3f} | {q['bits_per_byte']:.3f} "
         f"| {n['accuracy']:.3f} | {n['bits_per_byte']:.3f} | {q['tokens']:,} in {q['files']} files |"
-        for (language, q), n in zip(quality["model"].items(), quality["ngrams"].values(), strict=True)
+        for part, q, n in pairs
     )
     context = training["training"]["context"]
     stages = "; ".join(
@@ -157,8 +158,8 @@ else; it is not meant for use outside this study.
 {against}
 
 ## Limits
-A few million parameters and little training: completions are plausible in form, seldom right in
-content (docs/base-models.md). Java and Python without comments or indentation only, as the training data
+A few million parameters: completions are plausible in form, often wrong in content
+(docs/base-models.md). Java and Python without comments or indentation only, as the training data
 has them; what it writes may repeat code of the repositories below. Weights are bf16 on disk and run in
 float32.
 
