@@ -231,7 +231,7 @@ class _Request(Parameters):
     @property
     def ignored(self) -> list[str]:
         """Names of the parameters that were sent and mean nothing here."""
-        return sorted(set(self.model_extra or {}) - SILENT)
+        return [name for name in self.model_extra or {} if name not in SILENT]
 
 
 def _canonical(part: dict[str, Any], nested: bool) -> dict[str, Any]:
@@ -731,5 +731,5 @@ _HEADER_SAFE = re.compile(r"[\w.\-]{1,64}\Z", re.ASCII)
 
 def ignored_header(names: Iterable[str]) -> dict[str, str]:
     """`X-Ignored-Parameters`; names that do not belong in a header are left out."""
-    safe = [name for name in names if _HEADER_SAFE.match(name)][:20]
+    safe = sorted(name for name in names if _HEADER_SAFE.match(name))[:20]
     return {"x-ignored-parameters": ", ".join(safe)} if safe else {}
