@@ -24,7 +24,7 @@ _PIECES = {
         r"""
           (?P<comment>\#[^\n]*)
         | (?P<string>(?:\b[A-Za-z]{1,2})?(?: '{3}(?:[^\\]|\\.)*?'{3} | "{3}(?:[^\\]|\\.)*?"{3}
-                                      | '(?:[^'\\\n]|\\.)*' | "(?:[^"\\\n]|\\.)*" ))
+                                      | '(?!'')(?:[^'\\\n]|\\.)*' | "(?!"")(?:[^"\\\n]|\\.)*" ))
         | (?P<block>(?:\b[A-Za-z]{1,2})?(?:'{3}|"{3}))
         | (?P<open>(?:\b[A-Za-z]{1,2})?['"])[^\n]*\Z
         """,
@@ -33,7 +33,7 @@ _PIECES = {
     "java": re.compile(
         r"""
           (?P<comment>//[^\n]*|/\*.*?\*/)
-        | (?P<string>"{3}[ \t]*\n(?:[^\\]|\\.)*?"{3} | '(?:[^'\\\n]|\\.)*' | "(?:[^"\\\n]|\\.)*")
+        | (?P<string>"{3}[ \t]*\n(?:[^\\]|\\.)*?"{3} | '(?:[^'\\\n]|\\.)*' | "(?!"")(?:[^"\\\n]|\\.)*")
         | (?P<block>/\*)
         | (?P<open>"{3}[ \t]*\n|['"](?=[^\n]*\Z)).*\Z
         """,
@@ -41,7 +41,7 @@ _PIECES = {
     ),
 }
 _CLOSER = {"(": ")", "[": "]", "{": "}"}
-_GOES_ON = re.compile(r"[\w$+*/%&|^<>=!-]\Z")
+_GOES_ON = re.compile(r"[\w$+*/%&|^<>=!:.-]\Z")
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,9 @@ def _lexed(code: str, strings: list[str], language: str) -> list[str]:
     lines = [line.lstrip() for line in code.split("\n")] if language == "python" else code.split("\n")
     known = iter(strings)
     texts = [re.sub(_MARK, lambda _: next(known, ""), line) for line in lines]
+    for at, line in enumerate(lines):
+        if "'" in line or '"' in line:  # a quote that its line does not close
+            lines[at] = texts[at] = ""
     try:
         return _with_brackets("\n".join(texts), "\n".join(lines), language)
     except ValueError:
@@ -214,7 +217,9 @@ class Writer:
         self._buffer = " ".join(unfinished.split())
         self._there = len(self._buffer)
         self._blank_there = unfinished[-1:].isspace()
-        self._spaced = code[-1:] in (" ", "\t") and bool(code[code.rfind("\n") + 1 :].strip())
+        self._spaced = (
+            code[-1:] in (" ", "\t") and not unfinished and bool(code[code.rfind("\n") + 1 :].strip())
+        )
         self._new_line = "\n" if new_line else ""
         self._brackets: list[str] = []
         self._tight = False
@@ -436,13 +441,21 @@ class PythonWriter(Writer):
         blocks = self._blocks
         if self._brackets:
             return "" if self._settled else blocks[-1].indent + ("" if word in (")", "]", "}") else self.unit)
+        here, self._here = self._here, ""
         if not self._settled and blocks[-1].first:
-            fitting = [n for n, block in enumerate(blocks) if block.first in _AFTER.get(word, ())]
+            fitting = [
+                n for n in range(len(blocks)) if self._fits(word, n) and blocks[n].indent.startswith(here)
+            ]
             if fitting:
                 del blocks[fitting[-1] + 1 :]
         blocks[-1].first = word
-        here, self._here = self._here, ""
         return "" if self._settled else blocks[-1].indent.removeprefix(here)
+
+    def _fits(self, word: str, n: int) -> bool:
+        """Whether a line that begins with `word` is likely to belong to the n-th open block."""
+        if word in _DEFINES and n and self._blocks[n - 1].first == "class":
+            return True
+        return self._blocks[n].first in _AFTER.get(word, ())
 
 
 _JAVA_WORDS = frozenset(

@@ -20,7 +20,7 @@ from greencode.worker import Worker
 POINTS = (2, 4, 6, 8)
 WINDOW = 256
 TEXTS = [
-    "import os <EOL> def add ( a , b ) : <EOL> return a + b <EOL> class Point : <EOL> def __init__ ( self ) :",
+    "import os <EOL> def add ( a , b ) : <EOL> return a + b <EOL> class Point : <EOL> def f ( self ) :",
     "for i in range ( 10 ) : <EOL> print ( 'x' , i ) <EOL> if x is None : <EOL> raise ValueError ( '' )",
     "public class Point { private int x ; public int get ( ) { return this . x ; } }",
 ] * 3
@@ -66,7 +66,13 @@ def settings_of(weights):
 
     def make(**more):
         policy = weights.parent / "agent/policy.safetensors"
-        known = {"weights": weights, "policy": policy, "language": "python", "served_name": "tiny", "threads": 1}
+        known = {
+            "weights": weights,
+            "policy": policy,
+            "language": "python",
+            "served_name": "tiny",
+            "threads": 1,
+        }
         settings = serve.Settings(_cli_parse_args=[], **{**known, **more})
         serve._check(settings)
         return settings
