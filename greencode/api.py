@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -64,6 +64,7 @@ log = logging.getLogger(__name__)
 
 QUIET = ("/health", "/livez", "/ping", "/metrics")
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+READ_ON = 16  # times the limit of a body
 CHARACTERS_PER_TOKEN = 64  # far more than any code has, comments included
 
 
@@ -433,23 +434,21 @@ class Guard:
         return replay
 
     async def _body(self, headers: dict[str, bytes], receive: Receive) -> bytes:
-        limit = self.service.settings.max_body_bytes
+        limit, parts = self.service.settings.max_body_bytes, []
         stated = headers.get("content-length", b"")
-        size, parts, more = 0, [], not (stated.isdigit() and int(stated[:18]) > 4 * limit)
-        too_large = not more
+        size = int(stated) if stated.isdigit() and int(stated) > READ_ON * limit else 0
+        more = size == 0
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
-            size += len(message.get("body", b""))
-            # What is somewhat too long is read to its end, since many clients do not listen before.
-            too_large = size > limit
-            more = message.get("more_body", False) and size <= 4 * limit
-            if not too_large:
-                parts.append(message.get("body", b""))
-            else:
-                parts.clear()
-        if too_large:
+            part = message.get("body", b"")
+            size += len(part)
+            if size <= limit:
+                parts.append(part)
+            # What is somewhat too long is read to its end and dropped: most clients do not listen before.
+            more = message.get("more_body", False) and size <= READ_ON * limit
+        if size > limit:
             raise ServiceError(
                 413,
                 "payload_too_large",
@@ -498,7 +497,8 @@ _ERRORS = {
 
 def _responses(model: Any, error: Any) -> dict[int, dict[str, Any]]:
     """Documentation of a route's replies."""
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    events = {"text/event-stream": {"schema": event}}
     return {
         200: {"model": model, "description": "A completion, or its events.", "content": events},
         **{status: {"model": error, "description": text} for status, text in _ERRORS.items()},
@@ -522,6 +522,7 @@ def create_app(settings: Settings, worker: Worker, telemetry: Telemetry) -> Fast
         summary="Code completion with early exit; the threshold is part of the request.",
         lifespan=lifespan,
         redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.service = service
     app.add_middleware(Guard, service=service)
@@ -642,7 +643,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
         about = {"object": "model", "created": 0, "owned_by": "greencode"}
         return {"object": "list", "data": [{"id": name, **about} for name in service.settings.names]}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(service.telemetry.exposition(), media_type="text/plain; version=0.0.4")

@@ -359,8 +359,12 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise UserError(
-            f"{host}:{port} cannot be listened at ({error.strerror or error}); choose another --port."
+            f"{host}:{port} cannot be listened at ({_reason(error)}); choose another --port."
         ) from None
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
 
 
 def _announce(telemetry: Any, name: str, served: Served) -> None:
