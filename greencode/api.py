@@ -65,6 +65,7 @@ log = logging.getLogger(__name__)
 QUIET = ("/health", "/livez", "/ping", "/metrics")
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 READ_ON = 16  # times the limit of a body
+AT_ONCE = 8000  # characters of a prompt
 CHARACTERS_PER_TOKEN = 64  # far more than any code has, comments included
 
 
@@ -80,7 +81,7 @@ class HeaderExit:
     policy: ExitPolicyName | None
 
 
-def header_exit(
+async def header_exit(
     x_exit_threshold: Annotated[float | None, Header(ge=0, le=1, allow_inf_nan=False)] = None,
     x_exit_policy: Annotated[ExitPolicyName | None, Header()] = None,
 ) -> HeaderExit:
@@ -112,7 +113,10 @@ class Service:
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout
         job = self.worker.admit()
         try:
-            order, answer = await run_in_threadpool(self.prepare, body, headers)
+            if len(body.prompt_text) > AT_ONCE:
+                order, answer = await run_in_threadpool(self.prepare, body, headers)
+            else:  # done before a thread wakes
+                order, answer = self.prepare(body, headers)
             more = ignored_header(body.ignored + self._unused(body, headers, order.exit))
             job.submit(order, streamed=bool(stream or body.stream))
             # The status of a stream waits for its first event, so that failures before it have their own.
