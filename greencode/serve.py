@@ -337,6 +337,7 @@ def run(settings: Settings) -> None:
             server_header=False,
             lifespan="on",
             timeout_graceful_shutdown=settings.drain_timeout,
+            timeout_keep_alive=75,  # longer than editors keep an idle connection in their pools, mostly
         )
     )
     opened = _listen(settings.host, settings.port)
