@@ -73,12 +73,12 @@ def one(client, number):
     return kind
 
 
-@pytest.mark.parametrize("capacity", [64, 4])
-def test_two_hundred_requests_of_sixteen_clients(listen, capacity):
+@pytest.mark.parametrize(("capacity", "requests"), [(64, 200), (4, 80)])
+def test_two_hundred_requests_of_sixteen_clients(listen, capacity, requests):
     with listen(max_concurrent_requests=capacity) as endpoint:
         clients = [httpx2.Client(base_url=endpoint.url, timeout=60) for _ in range(16)]
         with ThreadPoolExecutor(16) as pool:
-            kinds = list(pool.map(lambda number: one(clients[number % 16], number), range(200)))
+            kinds = list(pool.map(lambda number: one(clients[number % 16], number), range(requests)))
         for client in clients:
             client.close()
         assert endpoint.wait(lambda: endpoint.worker.in_flight == 0)

@@ -101,9 +101,9 @@ def fed(writer, text, step=3):
 
 
 def cuts(source, language):
-    """(source before a cursor, its prompt, the rest of the tokens as text) for every cursor in code."""
+    """(source before a cursor, its prompt, the rest of the tokens as text) for every third cursor in code."""
     full = " ".join(tokens_of(source, language))
-    for at in range(len(source) + 1):
+    for at in range(0, len(source) + 1, 3):
         prompt = read(source[:at], language)
         known = prompt.text.removesuffix(f" {EOL}")
         if prompt.completable and full.startswith(known):
@@ -129,12 +129,12 @@ def test_from_any_cursor_the_rest_of_the_file_comes_back_with_the_same_tokens(la
         if language == "python":
             tuple(tokenize.generate_tokens(io.StringIO(before + after).readline))  # no wrong indentation
         tried += 1
-    assert tried > 0.6 * len(source)
+    assert tried > 0.2 * len(source)
 
 
 @pytest.mark.parametrize("language", SOURCES)
 def test_text_comes_out_alike_in_whatever_pieces(language):
-    for before, prompt, rest in list(cuts(SOURCES[language], language))[::25]:
+    for before, prompt, rest in list(cuts(SOURCES[language], language))[::9]:
         whole = fed(prompt.writer, rest, step=len(rest) or 1)
         assert fed(read(before, language).writer, rest, step=1) == whole
 
