@@ -2,10 +2,9 @@
 
     python -m benchmarks.serving [--quick] [--weights DIR] [--out results/benchmarks]
 
-The endpoint runs in a process of its own, as it does for an editor; the engine runs here, over the same
-model with the same settings, from prompt text to completion text. Requests alternate and one is under way at
-a time, so that a busy machine slows both alike. Times are wall time. Written to `--out`: `serving.csv` and
-`serving.json`.
+Both use one model in one process, from prompt text to completion text, so that neither finds the caches
+colder than the other; the endpoint is the whole one, log included, behind a socket. Requests alternate and
+one is under way at a time. Times are wall time. Written to `--out`: `serving.csv` and `serving.json`.
 """
 
 from __future__ import annotations
@@ -15,24 +14,25 @@ import contextlib
 import csv
 import http.client
 import json
-import subprocess
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
-import torch
+import uvicorn
 
-from greencode import prompts
+from greencode import prompts, serve
+from greencode.api import create_app
 from greencode.engine import Engine
 from greencode.files import write_json
-from greencode.models import load
 from greencode.policies import FixedExit
 from greencode.progress import progress
 from greencode.results import device_name, versions
-from greencode.tokenise import load_tokenizer
+from greencode.telemetry import Telemetry, log_as_json
+from greencode.worker import Served, Worker
 
 NEW_TOKENS = 15
 TARGET_MS = 3.0
@@ -40,25 +40,29 @@ LAYER = 8
 
 
 @contextlib.contextmanager
-def endpoint(weights: Path) -> Iterator[http.client.HTTPConnection]:
-    """A connection to an endpoint that is ready."""
-    command = [
-        sys.executable, "-m", "greencode.serve", "--weights", str(weights), "--language", "python",
-        "--port", "0", "--threads", "1", "--log-level", "info",
-    ]  # fmt: skip
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+def endpoint(served: Served, settings: serve.Settings) -> Iterator[http.client.HTTPConnection]:
+    """A connection to an endpoint around a model."""
+    telemetry = Telemetry()
+    worker = Worker(
+        "model",
+        lambda: served,
+        settings.max_concurrent_requests,
+        finished=lambda outcome, order: telemetry.finished(outcome, order, served.engine.family.depth),
+    )
+    app = create_app(settings, worker, telemetry)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, server_header=False))
+    with serve.listen(settings.host, 0) as opened:
+        thread = threading.Thread(target=server.run, args=([opened],))
+        thread.start()
+        connection = http.client.HTTPConnection(*opened.getsockname()[:2])
         try:
-            url = urlsplit(json.loads(server.stderr.readline())["url"])
-            for line in server.stderr:
-                if '"ready"' in line:
-                    break
-            # From here on the log must not fill its pipe.
-            drain = subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL)
-            yield http.client.HTTPConnection(url.hostname, url.port)
+            while worker.state == "loading":
+                time.sleep(0.01)
+            yield connection
         finally:
-            server.terminate()
-            server.wait()
-            drain.wait()
+            connection.close()
+            server.should_exit = True
+            thread.join()
 
 
 def sources(count: int, characters: int = 1500) -> list[str]:
@@ -132,12 +136,14 @@ def main() -> None:
     arguments = parser.parse_args()
     rounds, texts = (2, sources(3)) if arguments.quick else (12, sources(10))
 
-    torch.set_num_threads(1)
     start = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    tokenizer = load_tokenizer(arguments.weights)
-    engine = Engine(load(arguments.weights), tokenizer=tokenizer)
+    flags = ["--weights", str(arguments.weights), "--language", "python", "--threads", "1"]
+    settings = serve.read_settings(flags)
+    served = serve.load(settings)
+    engine = served.engine
     rows, raw = [], {}
-    with endpoint(arguments.weights) as connection:
+    with open(os.devnull, "w") as nowhere, endpoint(served, settings) as connection:
+        log_as_json("info", nowhere)
         for kind in ("tokens", "source"):
             # As tokens, the same text that the model reads of the source.
             given = texts if kind == "source" else [prompts.read(text, "python").text for text in texts]

@@ -520,7 +520,12 @@ class Answer:
         return (self.prompt if self.full_text else "") + outcome.text
 
     def account(self, outcome: Outcome) -> Account:
-        """Depths, energy and times."""
+        """Depths, energy and times; reckoned once."""
+        if outcome.account is None:
+            outcome.account = self._reckon(outcome)
+        return outcome.account
+
+    def _reckon(self, outcome: Outcome) -> Account:
         depths = [piece.depth for piece in outcome.pieces]
         count, run = len(depths), sum(depths)
         energy, seconds = outcome.energy, outcome.prefill_s + outcome.decode_s

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import signal
@@ -340,7 +341,7 @@ def run(settings: Settings) -> None:
             timeout_keep_alive=75,  # longer than editors keep an idle connection in their pools, mostly
         )
     )
-    opened = _listen(settings.host, settings.port)
+    opened = listen(settings.host, settings.port)
     host, port = opened.getsockname()[:2]
     log.info("listening", extra={"url": f"http://{host}:{port}", "model": name})
     # uvicorn raises the signal again once it is done; for a server that was asked to end that is no failure.
@@ -354,7 +355,12 @@ def run(settings: Settings) -> None:
         raise UserError(f"{name} could not be loaded: {type(error).__name__}; see the log.")
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+        UserError: the port cannot be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         opened = socket.create_server((host, port), family=family, backlog=2048)
@@ -373,6 +379,9 @@ def _reason(error: OSError) -> str:
 
 
 def _announce(telemetry: Any, name: str, served: Served) -> None:
+    # What is loaded stays: collections of garbage, some of them within a request, need not look at it.
+    gc.collect()
+    gc.freeze()
     layers = served.engine.family.depth
     telemetry.model.labels(name, served.fingerprint, str(layers)).set(1)
     log.info("ready", extra={"model": name, "layers": layers, "energy": served.meter.note})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pythonjsonlogger.core import RESERVED_ATTRS
@@ -70,8 +71,8 @@ class Telemetry:
             self.token.observe(outcome.decode_s / (len(depths) - 1))
         self.prompt_tokens.inc(len(order.context))
         self.generated.inc(len(depths))
-        for depth in depths:
-            self.depths.labels(depth).inc()
+        for depth, count in collections.Counter(depths).items():
+            self.depths.labels(depth).inc(count)
         self.executed.inc(sum(depths))
         self.skipped.inc(layers * len(depths) - sum(depths))
         energy = outcome.energy
@@ -83,9 +84,9 @@ class Telemetry:
         return generate_latest(self.registry)
 
 
-def log_as_json(level: str) -> None:
+def log_as_json(level: str, stream: TextIO | None = None) -> None:
     """One JSON object per line on stderr, for this library and uvicorn; the access log is our own."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(stream or sys.stderr)
     names = {"levelname": "level", "asctime": "time", "name": "logger"}
     hidden = [*RESERVED_ATTRS, "color_message"]
     handler.setFormatter(

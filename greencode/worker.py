@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from greencode.engine import Engine, Policy
     from greencode.policies import ExitPolicy
     from greencode.prompts import Writer
+    from greencode.protocol import Account
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class Piece:
 
 @dataclass
 class Outcome:
-    """A finished completion; times are seconds."""
+    """A finished completion; times are seconds. `account` is kept here once a reply needs it."""
 
     pieces: list[Piece] = field(default_factory=list)
     finish: Finish = "length"
@@ -117,6 +118,7 @@ class Outcome:
     decode_s: float = 0.0
     total_s: float = 0.0
     cancelled: str | None = None
+    account: Account | None = None
 
     @property
     def text(self) -> str:
@@ -347,7 +349,6 @@ class Worker:
         while (job := self._next()) is not None:
             try:
                 event: Outcome | ServiceError = self._complete(served, job)
-                self._finished(event, job.order)
             except UserError as error:
                 event = ServiceError(422, "validation", str(error))
             except Exception as error:
@@ -356,7 +357,8 @@ class Worker:
                 event = ServiceError(424, "generation", "The model failed on this request; see the log.")
             with self._changed:
                 self._running = None
-            job.finish(event)
+            if job.finish(event) and isinstance(event, Outcome):
+                self._finished(event, job.order)  # afterwards: the client need not wait for it
 
     def _next(self) -> Job | None:
         """The next job, or None when it is time to end."""

@@ -160,7 +160,7 @@ def listen(make_endpoint):
     def run(ready=True, **settings):
         endpoint = make_endpoint(**settings)
         config = uvicorn.Config(endpoint.app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
-        opened = serve._listen("127.0.0.1", 0)
+        opened = serve.listen("127.0.0.1", 0)
         endpoint.url = f"http://127.0.0.1:{opened.getsockname()[1]}"
         endpoint.server = uvicorn.Server(config)
         thread = threading.Thread(target=endpoint.server.run, args=([opened],))

@@ -69,7 +69,7 @@ def test_a_running_request_stops_when_its_client_is_gone(slow, stream):
     at = slow.engine.steps
     assert slow.wait(lambda: slow.worker.in_flight == 0)
     assert slow.engine.steps <= at + 3
-    assert slow.metric("requests_cancelled_total", reason="disconnect") == before + 1
+    assert slow.wait(lambda: slow.metric("requests_cancelled_total", reason="disconnect") == before + 1)
     about = {"route": "/generate", "status": "200" if stream else "499"}
     assert slow.wait(lambda: slow.metric("requests_total", **about) >= 1)
 
@@ -127,7 +127,7 @@ def test_the_server_has_a_deadline_of_its_own(listen):
         assert reply.status_code == 200
         assert events[-1]["error_type"] == "timeout"
         assert endpoint.wait(lambda: endpoint.worker.in_flight == 0)
-        assert endpoint.metric("requests_cancelled_total", reason="timeout") == 2
+        assert endpoint.wait(lambda: endpoint.metric("requests_cancelled_total", reason="timeout") == 2)
 
 
 def test_no_exit_is_the_plain_full_model(live, served):
@@ -273,7 +273,7 @@ def test_the_account_agrees_with_the_engine(live):
         assert "x-energy-joules" not in headers
     assert headers["x-layers-skipped"] == str(early["layers_skipped"])
     assert float(headers["x-total-time"]) == pytest.approx(1000 * timing["total_s"], abs=0.01)
-    assert live.metric("generated_tokens_total") == before + 12
+    assert live.wait(lambda: live.metric("generated_tokens_total") == before + 12)
 
 
 def test_an_estimate_of_energy_is_called_one(settings_of, listen):
@@ -283,13 +283,14 @@ def test_an_estimate_of_energy_is_called_one(settings_of, listen):
         assert energy["source"] in ("estimate", "rapl")
         assert energy["joules"] > 0
         assert energy["joules_per_token"] == pytest.approx(energy["joules"] / 15)
-        assert endpoint.metric("energy_joules_total", source=energy["source"]) > 0
+        assert endpoint.wait(lambda: endpoint.metric("energy_joules_total", source=energy["source"]) > 0)
 
 
 def test_metrics_move_and_know_routes_only_by_their_template(live):
     httpx2.post(f"{live.url}/models/tiny", json={"inputs": PROMPT})
     httpx2.post(f"{live.url}/models/some/other", json={"inputs": PROMPT})
     httpx2.get(f"{live.url}/nowhere/at/all")
+    assert live.wait(lambda: live.metric("time_per_output_token_seconds_count"))
     text = httpx2.get(f"{live.url}/metrics").text
     assert re.search(
         r'^greencode_requests_total\{route="/models/\{model_id:path\}",status="200"\} \d', text, re.M

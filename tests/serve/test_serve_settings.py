@@ -92,7 +92,7 @@ def logs():
 
 @pytest.mark.usefixtures("logs")
 def test_a_port_that_is_taken_is_said_to_be(flags, capsys):
-    with serve._listen("127.0.0.1", 0) as taken, pytest.raises(SystemExit):
+    with serve.listen("127.0.0.1", 0) as taken, pytest.raises(SystemExit):
         serve.main([*flags, "--port", str(taken.getsockname()[1])])
     error = capsys.readouterr().err
     assert "cannot be listened at (Address already in use); choose another --port" in error.splitlines()[-1]
