@@ -144,7 +144,7 @@ class Service:
         how = choose_exit(
             body, headers.threshold, headers.policy, default, served.agent is not None, exit_points
         )
-        prompt, field = body.prompt_text, "prompt" if getattr(body, "prompt", None) else "inputs"
+        prompt, field = body.prompt_text, body.prompt_name
         try:
             prompt.encode()
         except UnicodeEncodeError:
@@ -180,7 +180,6 @@ class Service:
             single_line=bool(body.single_line),
             writer=writer,
         )
-        options = getattr(body, "stream_options", None)
         answer = Answer(
             model=settings.names[0],
             layers=served.engine.family.depth,
@@ -191,7 +190,7 @@ class Service:
             seed=seed,
             full_text=bool(body.return_full_text),
             details=bool(body.details),
-            include_usage=bool(options and options.include_usage),
+            include_usage=body.include_usage,
             prefill=_prefill(served.tokenizer, ids) if body.decoder_input_details else [],
             end_id=min(served.eos, default=0),
         )

@@ -32,7 +32,7 @@ ALIASES = {
     "stop_sequences": "stop",
 }
 ENVELOPE = frozenset(("inputs", "prompt", "model", "stream", "stream_options", "parameters", "options"))
-SILENT = frozenset(("user", "use_cache", "wait_for_model"))
+SILENT = frozenset(("user", "use_cache", "wait_for_model", "model", "stream_options"))
 
 MAX_STOP = 4
 COLDEST = 0.01  # a lower temperature is greedy in all but rounding, and overflows
@@ -225,8 +225,20 @@ class _Request(Parameters):
         return flat
 
     @property
-    def prompt_text(self) -> str:
+    def prompt_name(self) -> str:
+        """The field that holds the prompt."""
         raise NotImplementedError
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt."""
+        prompt = getattr(self, self.prompt_name)
+        return prompt if isinstance(prompt, str) else prompt[0]
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with its numbers of tokens."""
+        return False
 
     @property
     def ignored(self) -> list[str]:
@@ -247,18 +259,14 @@ Text = Annotated[str, Field(min_length=1)]
 OneText = Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
 
 
-def _one(text: str | list[str]) -> str:
-    return text if isinstance(text, str) else text[0]
-
-
 class GenerateRequest(_Request):
     """As text-generation-inference takes it."""
 
     inputs: OneText = Field(description="The prompt; a list holds one.")
 
     @property
-    def prompt_text(self) -> str:
-        return _one(self.inputs)
+    def prompt_name(self) -> str:
+        return "inputs"
 
 
 class StreamOptions(BaseModel):
@@ -275,8 +283,12 @@ class CompletionRequest(_Request):
     stream_options: StreamOptions | None = None
 
     @property
-    def prompt_text(self) -> str:
-        return _one(self.prompt)
+    def prompt_name(self) -> str:
+        return "prompt"
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class EitherRequest(_Request):
@@ -293,8 +305,8 @@ class EitherRequest(_Request):
         return self
 
     @property
-    def prompt_text(self) -> str:
-        return _one(self.inputs if self.inputs is not None else self.prompt)
+    def prompt_name(self) -> str:
+        return "prompt" if self.inputs is None else "inputs"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
@@ -77,7 +77,8 @@ TEXTS = st.text(max_size=60) | st.sampled_from(
 PATHS = ("/", "/generate", "/generate_stream", "/models/tiny", "/api/generate", "/v1/completions")
 
 
-@FUZZ
+@settings(FUZZ, max_examples=300)
+@example("/generate", "x", {"stream_options": {"include_usage": 1}, "model": 3}, None, None)
 @given(st.sampled_from(PATHS), TEXTS | VALUES, BLOCK, st.none() | BLOCK, st.none() | BLOCK)
 def test_requests_of_any_kind(endpoint, path, prompt, body, parameters, options):
     body = {**body, "inputs": prompt, "prompt": prompt, "parameters": parameters, "options": options}
