@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 import uvicorn
 
 from greencode import prompts, serve
@@ -32,7 +33,7 @@ from greencode.policies import FixedExit
 from greencode.progress import progress
 from greencode.results import device_name, versions
 from greencode.telemetry import Telemetry, log_as_json
-from greencode.worker import Served, Worker
+from greencode.worker import Worker
 
 NEW_TOKENS = 15
 TARGET_MS = 3.0
@@ -40,14 +41,14 @@ LAYER = 8
 
 
 @contextlib.contextmanager
-def endpoint(served: Served, settings: serve.Settings) -> Iterator[http.client.HTTPConnection]:
-    """A connection to an endpoint around a model."""
+def endpoint(settings: serve.Settings) -> Iterator[tuple[http.client.HTTPConnection, Engine]]:
+    """A connection to an endpoint that is ready, and its engine."""
     telemetry = Telemetry()
     worker = Worker(
         "model",
-        lambda: served,
+        lambda: serve.load(settings),
         settings.max_concurrent_requests,
-        finished=lambda outcome, order: telemetry.finished(outcome, order, served.engine.family.depth),
+        finished=lambda outcome, order: telemetry.finished(outcome, order, settings.exit_points[-1]),
     )
     app = create_app(settings, worker, telemetry)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, server_header=False))
@@ -58,7 +59,9 @@ def endpoint(served: Served, settings: serve.Settings) -> Iterator[http.client.H
         try:
             while worker.state == "loading":
                 time.sleep(0.01)
-            yield connection
+            if worker.state != "ready":
+                raise SystemExit("The model cannot be loaded.")
+            yield connection, worker.served.engine
         finally:
             connection.close()
             server.should_exit = True
@@ -102,6 +105,8 @@ def over_http(
         body = json.dumps({"inputs": source, "parameters": parameters})
         connection.request("POST", "/generate", body, {"content-type": "application/json"})
         reply = json.loads(connection.getresponse().read())
+        if "error" in reply:
+            raise SystemExit(f"The endpoint refused a request: {reply['error']}")
         return reply["generated_text"]
 
     return complete
@@ -139,10 +144,9 @@ def main() -> None:
     start = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     flags = ["--weights", str(arguments.weights), "--language", "python", "--threads", "1"]
     settings = serve.read_settings(flags)
-    served = serve.load(settings)
-    engine = served.engine
+    torch.set_num_threads(1)  # of this thread; the endpoint's sets its own
     rows, raw = [], {}
-    with open(os.devnull, "w") as nowhere, endpoint(served, settings) as connection:
+    with open(os.devnull, "w") as nowhere, endpoint(settings) as (connection, engine):
         log_as_json("info", nowhere)
         for kind in ("tokens", "source"):
             # As tokens, the same text that the model reads of the source.

@@ -331,7 +331,14 @@ class Worker:
                 self._queue.remove(job)
         outcome = Outcome(cancelled=job.cancelled)
         if job.finish(outcome) and job.order is not None:
-            self._finished(outcome, job.order)
+            self._account(outcome, job.order)
+
+    def _account(self, outcome: Outcome, order: Order) -> None:
+        """Tell of an outcome; a fault there must not end the thread."""
+        try:
+            self._finished(outcome, order)
+        except Exception as error:
+            log.error("accounting failed", extra=bare(error))
 
     def _run(self) -> None:
         try:
@@ -358,7 +365,7 @@ class Worker:
             with self._changed:
                 self._running = None
             if job.finish(event) and isinstance(event, Outcome):
-                self._finished(event, job.order)  # afterwards: the client need not wait for it
+                self._account(event, job.order)  # afterwards: the client need not wait for it
 
     def _next(self) -> Job | None:
         """The next job, or None when it is time to end."""

@@ -433,6 +433,17 @@ def test_the_application_is_imported_without_torch():
     assert done.stdout.split() == ["False", "True"], done.stderr
 
 
+def test_a_fault_in_the_accounts_ends_nothing(make_endpoint, monkeypatch):
+    from starlette.testclient import TestClient
+
+    endpoint = make_endpoint()
+    monkeypatch.setattr(endpoint.telemetry, "finished", lambda *_: 1 / 0)
+    with TestClient(endpoint.app) as client:
+        assert endpoint.wait(lambda: endpoint.worker.state == "ready")
+        for _ in range(2):
+            assert client.post("/generate", json={"inputs": "x"}).status_code == 200
+
+
 def test_a_worker_frees_every_slot_once():
     worker = Worker("m", lambda: None, capacity=2)
     worker.state, worker.served = "ready", object()
