@@ -1,9 +1,11 @@
 # `make figures` and `make test` do all the set-up they need. Everything runs inside .venv.
 PYTHON ?= python3
 CORES ?= all
+MODEL ?= llama-code
+DATASET ?= python
 BIN := .venv/bin
 
-.PHONY: figures test setup report bench lint format dry-run clean help
+.PHONY: figures test setup report serve bench lint format dry-run clean help
 
 figures: setup ## run the default study to every figure and table
 	$(BIN)/snakemake --cores $(CORES) figures
@@ -16,6 +18,9 @@ setup: ## install what is needed into .venv
 
 report: figures ## one HTML page with every figure and table
 	$(BIN)/snakemake --report report.html
+
+serve: setup ## completions of MODEL on DATASET for editors, on 127.0.0.1:8000
+	$(BIN)/python -m greencode.serve --study config/config.yaml --model $(MODEL) --dataset $(DATASET) --on-long-input truncate
 
 bench: setup ## what early exit costs, against its peers; half an hour
 	$(BIN)/python -m benchmarks

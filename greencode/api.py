@@ -1,0 +1,655 @@
+"""The HTTP application: routes, limits and errors around one `Worker`.
+
+Every reply and every error is JSON that each client of its route can parse, the errors of limits and of
+unknown paths included. A completion is given up as soon as its client is gone or its time is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import re
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from greencode import __version__, prompts
+from greencode.protocol import (
+    MAX_STOP,
+    TGI,
+    Answer,
+    CompletionRequest,
+    CompletionResponse,
+    Dialect,
+    EitherRequest,
+    ErrorReply,
+    Exit,
+    ExitPolicyName,
+    GenerateRequest,
+    GenerateResponse,
+    Ollama,
+    OllamaResponse,
+    OpenAI,
+    OpenAIErrorReply,
+    ServiceError,
+    Token,
+    choose_exit,
+    choose_sampling,
+    error_body,
+    error_frame,
+    ignored_header,
+    stops,
+)
+from greencode.telemetry import Telemetry
+from greencode.worker import RETRY, Job, Order, Outcome, Worker, bare
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from greencode.serve import Settings
+
+log = logging.getLogger(__name__)
+
+QUIET = ("/health", "/livez", "/ping", "/metrics")
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+READ_ON = 16  # times the limit of a body
+AT_ONCE = 8000  # characters of a prompt
+CHARACTERS_PER_TOKEN = 64  # far more than any code has, comments included
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its reply."""
+
+
+@dataclass(frozen=True)
+class HeaderExit:
+    """The exit that a request's headers ask for."""
+
+    threshold: float | None
+    policy: ExitPolicyName | None
+
+
+async def header_exit(
+    x_exit_threshold: Annotated[float | None, Header(ge=0, le=1, allow_inf_nan=False)] = None,
+    x_exit_policy: Annotated[ExitPolicyName | None, Header()] = None,
+) -> HeaderExit:
+    """For clients whose bodies take no other parameters; the body goes first."""
+    return HeaderExit(x_exit_threshold, x_exit_policy)
+
+
+Headers = Annotated[HeaderExit, Depends(header_exit)]
+
+
+class Service:
+    """What the routes share: settings, the worker, and how a request becomes a reply."""
+
+    def __init__(self, settings: Settings, worker: Worker, telemetry: Telemetry) -> None:
+        self.settings, self.worker, self.telemetry = settings, worker, telemetry
+        self.draining = False
+
+    def check_ready(self) -> None:
+        """Raises `ServiceError` 503 unless requests are taken."""
+        if self.draining:
+            raise ServiceError(503, "shutting_down", "The server is shutting down.", headers=RETRY)
+        self.worker.check_ready()
+
+    async def answer(
+        self, request: Request, body: Any, headers: HeaderExit, dialect: Dialect, stream: bool = False
+    ) -> Response:
+        """The reply to one request, in one piece or as a stream."""
+        self.check_ready()
+        deadline = asyncio.get_running_loop().time() + self.settings.request_timeout
+        job = self.worker.admit()
+        try:
+            if len(body.prompt_text) > AT_ONCE:
+                order, answer = await run_in_threadpool(self.prepare, body, headers)
+            else:  # done before a thread wakes
+                order, answer = self.prepare(body, headers)
+            more = ignored_header(body.ignored + self._unused(body, headers, order.exit))
+            job.submit(order, streamed=bool(stream or body.stream))
+            # The status of a stream waits for its first event, so that failures before it have their own.
+            async with _watch(request) as gone:
+                first = await self._event(job, deadline, gone)
+            if job.streamed:
+                frames = self._frames(request, job, answer, dialect, deadline, first)
+                return _EventStream(frames, job, {**STREAM_HEADERS, **more})
+            outcome = _outcome(first)
+            self._note(request, answer, outcome)
+            return JSONResponse(dialect.reply(answer, outcome), headers=answer.headers(outcome) | more)
+        except BaseException as error:
+            job.cancel("shutdown" if isinstance(error, asyncio.CancelledError) else "error")
+            raise
+
+    def prepare(self, body: Any, headers: HeaderExit) -> tuple[Order, Answer]:
+        """Check a request against the model, and make its prompt what the model reads.
+
+        Raises:
+            ServiceError: 422, naming the field.
+        """
+        settings, served = self.settings, self.worker.check_ready()
+        exit_points = served.engine.exit_points
+        default = Exit(settings.default_policy(served.agent is not None), settings.exit_threshold)
+        how = choose_exit(
+            body, headers.threshold, headers.policy, default, served.agent is not None, exit_points
+        )
+        prompt, field = body.prompt_text, body.prompt_name
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise _refused(field, "it holds half of a surrogate pair, which is no text") from None
+        window = served.engine.family.window or 2**31
+        limit = min(settings.max_new_tokens_limit, window - 1)
+        new_tokens = settings.max_new_tokens if body.max_new_tokens is None else body.max_new_tokens
+        if new_tokens == 0 or new_tokens > limit:
+            raise _refused("max_new_tokens", f"it must be -1, or from 1 to {limit}")
+        cuts = settings.on_long_input == "truncate" or body.truncate is not None
+        longest = min(settings.max_input_tokens or window, window - max(1, new_tokens))
+        text, writer, completable = self._read(body, prompt, longest if cuts else None)
+        encoded = served.tokenizer.backend_tokenizer.encode(text)
+        ids = encoded.ids[-body.truncate :] if body.truncate else encoded.ids
+        if len(ids) > longest and settings.on_long_input == "truncate":
+            ids = ids[-longest:]
+        if len(ids) > longest:
+            raise _refused(field, f"it has {len(ids)} tokens, and {longest} are read; send less or truncate")
+        if not ids:
+            raise _refused(field, "it holds nothing to complete")
+        if new_tokens == -1:
+            new_tokens = min(limit, window - len(ids))
+        sampling = choose_sampling(body)
+        seed = None
+        if sampling is not None and "temperature" in sampling:
+            seed = sampling["seed"] = secrets.randbelow(2**31) if body.seed is None else body.seed
+        order = Order(
+            context=ids,
+            new_tokens=new_tokens if completable else 0,
+            exit=how,
+            sampling=sampling,
+            stop=stops(body),
+            single_line=bool(body.single_line),
+            writer=writer,
+        )
+        answer = Answer(
+            model=settings.names[0],
+            layers=served.engine.family.depth,
+            exit=how,
+            prompt=prompt,
+            prompt_tokens=len(ids),
+            truncated=len(encoded.ids) - len(ids),
+            seed=seed,
+            full_text=bool(body.return_full_text),
+            details=bool(body.details),
+            include_usage=body.include_usage,
+            prefill=_prefill(served.tokenizer, ids) if body.decoder_input_details else [],
+            end_id=min(served.eos, default=0),
+        )
+        return order, answer
+
+    def _read(self, body: Any, prompt: str, longest: int | None) -> tuple[str, Any, bool]:
+        """The prompt's tokens as text, the writer of its completion, and whether it can have one."""
+        settings = self.settings
+        if (body.prompt_format or settings.prompt_format) == "tokens":
+            return prompt, None, True
+        if settings.language is None:
+            raise _refused("prompt_format", "the model's language is not known here; send tokens")
+        if longest is not None and len(prompt) > (most := longest * CHARACTERS_PER_TOKEN):
+            prompt = prompt[-most:].partition("\n")[2] or prompt[-most:]
+        read = prompts.read(prompt, settings.language, settings.variant, settings.allow)
+        return read.text, read.writer, read.completable
+
+    @staticmethod
+    def _unused(body: Any, headers: HeaderExit, how: Exit) -> list[str]:
+        given = body.exit_threshold is not None or headers.threshold is not None
+        return ["exit_threshold"] if given and how.policy != "rl" else []
+
+    async def _event(self, job: Job, deadline: float, gone: asyncio.Task | None = None) -> Any:
+        """The job's next event.
+
+        Raises:
+            ClientGone: the client closed the connection.
+            ServiceError: 504 past the deadline.
+        """
+        event = asyncio.ensure_future(job.events.get())
+        patience = max(0.0, deadline - asyncio.get_running_loop().time())
+        try:
+            done, _ = await asyncio.wait(
+                {event, gone} if gone else {event}, timeout=patience, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            if not event.done():
+                event.cancel()
+        if event in done:
+            return event.result()
+        if done:
+            job.cancel("disconnect")
+            raise ClientGone
+        job.cancel("timeout")
+        raise ServiceError(504, "timeout", f"Not done after {self.settings.request_timeout:g} seconds.")
+
+    async def _frames(
+        self, request: Request, job: Job, answer: Answer, dialect: Dialect, deadline: float, first: Any
+    ) -> AsyncIterator[str]:
+        """Events of a stream; one that fails ends with an error."""
+        index, event = 0, first
+        try:
+            while not isinstance(event, Outcome | ServiceError):
+                index += 1
+                yield dialect.token(answer, index, event)
+                event = await self._event(job, deadline)
+            outcome = _outcome(event)
+            self._note(request, answer, outcome)
+            for frame in dialect.last(answer, outcome):
+                yield frame
+        except ServiceError as error:
+            yield error_frame(request.url.path, error, request.state.id)
+
+    @staticmethod
+    def _note(request: Request, answer: Answer, outcome: Outcome) -> None:
+        """Leave the account for the log."""
+        account = answer.account(outcome)
+        request.state.account = {
+            "prompt_tokens": answer.prompt_tokens,
+            "generated_tokens": len(outcome.pieces),
+            "finish": outcome.finish,
+            "exit_policy": answer.exit.policy,
+            "exit_threshold": answer.exit.threshold,
+            "mean_exit_layer": account.early_exit.mean_exit_layer,
+            "layers_skipped": account.early_exit.layers_skipped,
+            "joules": account.energy.joules,
+            "queue_s": outcome.queue_s,
+            "prefill_s": outcome.prefill_s,
+            "decode_s": outcome.decode_s,
+        }
+
+    def info(self) -> dict[str, Any]:
+        """`/info`, with the names of text-generation-inference's own."""
+        settings, served = self.settings, self.worker.check_ready()
+        family = served.engine.family
+        longest = settings.max_input_tokens or (family.window or 2**31) - 1
+        agent = served.agent is not None
+        return {
+            "model_id": settings.names[0],
+            "model_sha": served.fingerprint,
+            "model_dtype": str(family.dtype),
+            "model_device_type": family.device.type,
+            "max_concurrent_requests": settings.max_concurrent_requests,
+            "max_best_of": 1,
+            "max_stop_sequences": MAX_STOP,
+            "max_input_tokens": longest,
+            "max_total_tokens": family.window,
+            "max_client_batch_size": 1,
+            "version": __version__,
+            "sha": None,
+            "docker_label": None,
+            "greencode": {
+                "exit_policies": ["rl", "fixed", "none"] if agent else ["fixed", "none"],
+                "default": {
+                    "exit_policy": settings.default_policy(agent),
+                    "exit_threshold": settings.exit_threshold if agent else None,
+                    "max_new_tokens": settings.max_new_tokens,
+                },
+                "num_layers": family.depth,
+                "exit_points": list(served.engine.exit_points),
+                "prompt_format": settings.prompt_format,
+                "language": settings.language,
+                "energy_source": served.meter.source,
+                "energy_note": served.meter.note,
+            },
+        }
+
+    def check_name(self, name: str) -> None:
+        """Raises `ServiceError` 404 unless the name is empty or one of the served model's."""
+        if name.strip("/") not in ("", *self.settings.names):
+            raise ServiceError(
+                404, "not_found", f"No such model here; {', '.join(self.settings.names)} is served."
+            )
+
+
+def _outcome(event: Any) -> Outcome:
+    if isinstance(event, ServiceError):
+        raise event
+    if event.cancelled:
+        raise ServiceError(503, "shutting_down", "The server is shutting down.", headers=RETRY)
+    return event
+
+
+def _refused(loc: str, message: str) -> ServiceError:
+    return ServiceError.invalid([{"loc": (loc,), "msg": message, "type": "value_error"}])
+
+
+def _prefill(tokenizer: Any, ids: list[int]) -> list[Token]:
+    special = set(tokenizer.all_special_ids)
+    texts = [tokenizer.backend_tokenizer.decode([one], skip_special_tokens=False) for one in ids]
+    return [Token(id=i, text=text, special=i in special) for i, text in zip(ids, texts, strict=True)]
+
+
+@contextlib.asynccontextmanager
+async def _watch(request: Request) -> AsyncIterator[asyncio.Task]:
+    """A task that ends when the client is gone."""
+
+    async def until_gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task = asyncio.create_task(until_gone())
+    try:
+        yield task
+    finally:
+        task.cancel()
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events of a job, which is given up if they end early."""
+
+    def __init__(self, frames: AsyncIterator[str], job: Job, headers: dict[str, str]) -> None:
+        super().__init__(frames, media_type="text/event-stream", headers=headers)
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancel("disconnect")
+
+
+class Guard:
+    """Outermost: request id, bearer token, limits of the body, errors as JSON, the log and the metrics.
+
+    Plain ASGI, so that the client's disconnect reaches the handlers. A body is read here, up to its limit,
+    before anything parses it.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+        key = service.settings.api_key
+        self._key = key.get_secret_value().encode() if key else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 0
+        headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
+        state = scope.setdefault("state", {})
+        state["id"] = _request_id(headers.get("x-request-id", b"").decode("latin-1"))
+        scope["path"] = "/" + scope["path"].lstrip("/")  # some clients join with two slashes
+
+        async def answered(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", state["id"].encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, await self._admitted(scope, headers, receive), answered)
+        except ServiceError as error:
+            await _error_response(scope["path"], error, state["id"])(scope, receive, answered)
+        except ClientGone:
+            status = 499
+        except Exception as error:
+            log.error("request failed", extra={"id": state["id"], **bare(error)})
+            if not status:
+                failure = ServiceError(500, "internal", "The server failed on this request; see its log.")
+                await _error_response(scope["path"], failure, state["id"])(scope, receive, answered)
+        finally:
+            self._record(scope, status or 499, time.perf_counter() - start)
+
+    async def _admitted(self, scope: Scope, headers: dict[str, bytes], receive: Receive) -> Receive:
+        """What the application receives from; `ServiceError` for what it shall not see."""
+        post = scope["method"] == "POST"
+        if self._key and (post or scope["path"].startswith("/v1")):
+            scheme, _, token = headers.get("authorization", b"").partition(b" ")
+            known = hmac.compare_digest(token.strip(), self._key)
+            if scheme.lower() != b"bearer" or not known:
+                raise ServiceError(
+                    401,
+                    "unauthorized",
+                    "The bearer token is missing or wrong.",
+                    headers={"www-authenticate": "Bearer"},
+                )
+        if not post:
+            return receive
+        media = headers.get("content-type", b"").partition(b";")[0].strip().lower()
+        if media != b"application/json":
+            raise ServiceError(415, "validation", "The content type must be application/json.")
+        body = await self._body(headers, receive)
+        sent = False
+
+        async def replay() -> Message:
+            nonlocal sent
+            if sent:
+                return await receive()
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        return replay
+
+    async def _body(self, headers: dict[str, bytes], receive: Receive) -> bytes:
+        limit, parts = self.service.settings.max_body_bytes, []
+        stated = headers.get("content-length", b"")
+        size = int(stated) if stated.isdigit() and int(stated) > READ_ON * limit else 0
+        more = size == 0
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part = message.get("body", b"")
+            size += len(part)
+            if size <= limit:
+                parts.append(part)
+            # What is somewhat too long is read to its end and dropped: most clients do not listen before.
+            more = message.get("more_body", False) and size <= READ_ON * limit
+        if size > limit:
+            raise ServiceError(
+                413,
+                "payload_too_large",
+                f"The body has more than {limit} bytes.",
+                headers={"connection": "close"},
+            )
+        return b"".join(parts)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        # The template, not the path: a metric for each model name would be one too many.
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self.service.telemetry.requests.labels(route, str(status)).inc()
+        self.service.telemetry.duration.labels(route).observe(seconds)
+        level = logging.DEBUG if route in QUIET else logging.INFO
+        account = scope["state"].get("account", {})
+        about = {"id": scope["state"]["id"], "method": scope["method"], "route": route, "status": status}
+        log.log(level, "request", extra={**about, "seconds": seconds, **account})
+
+
+_ID = re.compile(r"[\w.\-]{1,64}\Z", re.ASCII)
+
+
+def _request_id(sent: str) -> str:
+    return sent if _ID.match(sent) else uuid.uuid4().hex
+
+
+def _error_response(path: str, error: ServiceError, request_id: str | None) -> JSONResponse:
+    return JSONResponse(error_body(path, error, request_id), status_code=error.status, headers=error.headers)
+
+
+_HTTP_KINDS = {404: "not_found", 405: "validation"}
+_ERRORS = {
+    400: "No JSON.",
+    401: "The bearer token is missing or wrong.",
+    404: "Another model.",
+    413: "The body is too large.",
+    415: "Not declared as JSON.",
+    422: "A parameter is wrong.",
+    424: "The model failed.",
+    429: "Full; see Retry-After.",
+    500: "A fault of the server.",
+    503: "Loading or shutting down; see Retry-After.",
+    504: "Past the deadline.",
+}
+
+
+def _responses(model: Any, error: Any) -> dict[int, dict[str, Any]]:
+    """Documentation of a route's replies."""
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    events = {"text/event-stream": {"schema": event}}
+    return {
+        200: {"model": model, "description": "A completion, or its events.", "content": events},
+        **{status: {"model": error, "description": text} for status, text in _ERRORS.items()},
+    }
+
+
+def create_app(settings: Settings, worker: Worker, telemetry: Telemetry) -> FastAPI:
+    """The application; the worker starts and ends with it."""
+    service = Service(settings, worker, telemetry)
+    telemetry.watch(worker)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        await run_in_threadpool(worker.stop)
+
+    app = FastAPI(
+        title="GREEN-CODE",
+        version=__version__,
+        summary="Code completion with early exit; the threshold is part of the request.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    app.state.service = service
+    app.add_middleware(Guard, service=service)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    _handle_errors(app)
+    _add_completions(app, service)
+    _add_status(app, service)
+    return app
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(ServiceError)
+    async def known(request: Request, error: ServiceError) -> Response:
+        return _error_response(request.url.path, error, request.state.id)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        faults = list(error.errors())
+        if any(fault["type"] == "json_invalid" for fault in faults):
+            broken = ServiceError(400, "validation", "The body is not JSON.", "body", "json_invalid")
+            return _error_response(request.url.path, broken, request.state.id)
+        return _error_response(request.url.path, ServiceError.invalid(faults), request.state.id)
+
+    @app.exception_handler(HTTPException)
+    async def routing(request: Request, error: HTTPException) -> Response:
+        path = request.url.path
+        message = f"{error.detail}: {request.method} is not offered here; see /docs."
+        if path.startswith("/v1/chat"):
+            message = "Chat is not offered: the models complete code; use /v1/completions."
+        fault = ServiceError(
+            error.status_code,
+            _HTTP_KINDS.get(error.status_code, "validation"),
+            message if error.status_code in (404, 405) else str(error.detail),
+            headers=dict(error.headers or {}),
+        )
+        return _error_response(path, fault, request.state.id)
+
+
+def _add_completions(app: FastAPI, service: Service) -> None:
+    """The routes that complete, each with and without a slash at its end."""
+
+    async def root(request: Request, body: GenerateRequest, headers: Headers) -> Response:
+        return await service.answer(request, body, headers, TGI(listed=True))
+
+    async def generate(request: Request, body: GenerateRequest, headers: Headers) -> Response:
+        return await service.answer(request, body, headers, TGI())
+
+    async def generate_stream(request: Request, body: GenerateRequest, headers: Headers) -> Response:
+        return await service.answer(request, body, headers, TGI(), stream=True)
+
+    async def by_model(request: Request, body: GenerateRequest, headers: Headers, model_id: str) -> Response:
+        service.check_name(model_id)
+        return await service.answer(request, body, headers, TGI(listed=True))
+
+    async def api_generate(request: Request, body: EitherRequest, headers: Headers) -> Response:
+        return await service.answer(request, body, headers, Ollama())
+
+    async def api_generate_by_model(
+        request: Request, body: EitherRequest, headers: Headers, model_id: str
+    ) -> Response:
+        service.check_name(model_id)
+        return await service.answer(request, body, headers, Ollama())
+
+    async def completions(request: Request, body: CompletionRequest, headers: Headers) -> Response:
+        return await service.answer(request, body, headers, OpenAI())
+
+    tgi = _responses(GenerateResponse, ErrorReply)
+    listed = _responses(list[GenerateResponse], ErrorReply)
+    ollama = _responses(OllamaResponse, ErrorReply)
+    openai = _responses(CompletionResponse, OpenAIErrorReply)
+    for path, endpoint, responses in (
+        ("/", root, listed),
+        ("/generate", generate, tgi),
+        ("/generate_stream", generate_stream, tgi),
+        ("/models/{model_id:path}", by_model, listed),
+        ("/api/generate", api_generate, ollama),
+        ("/api/generate/models/{model_id:path}", api_generate_by_model, ollama),
+        ("/v1/completions", completions, openai),
+    ):
+        app.post(path, responses=responses, name=endpoint.__name__)(endpoint)
+        if path != "/" and not path.endswith("path}"):
+            app.post(f"{path}/", include_in_schema=False)(endpoint)
+    app.post("/models", include_in_schema=False)(root)
+    app.post("/api/generate/models", include_in_schema=False)(api_generate)
+
+
+def _add_status(app: FastAPI, service: Service) -> None:
+    """The routes that report."""
+    not_ready = {503: {"model": ErrorReply, "description": _ERRORS[503]}}
+
+    @app.get("/health", responses=not_ready)
+    @app.get("/ping", responses=not_ready, include_in_schema=False)
+    async def health() -> dict[str, str]:
+        """200 once the model is loaded and warm."""
+        service.check_ready()
+        return {"status": "ready"}
+
+    @app.get("/livez")
+    async def livez() -> dict[str, str]:
+        """200 as long as the server answers."""
+        return {"status": "alive"}
+
+    @app.get("/info", responses=not_ready)
+    async def info() -> dict[str, Any]:
+        """The model, its exits, and the limits."""
+        return service.info()
+
+    @app.get("/v1/models", responses={401: {"model": OpenAIErrorReply, "description": _ERRORS[401]}})
+    async def models() -> dict[str, Any]:
+        """The names of the model."""
+        about = {"object": "model", "created": 0, "owned_by": "greencode"}
+        return {"object": "list", "data": [{"id": name, **about} for name in service.settings.names]}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(service.telemetry.exposition(), media_type="text/plain; version=0.0.4")
+
+
+__all__ = ["Guard", "Service", "create_app"]
