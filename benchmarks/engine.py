@@ -258,6 +258,10 @@ def measure(
             name, f"deferred, mean depth {mean:.2f} N", "none", median["deferred"], median["none"],
             most=1 / 6, floor_seconds=least(depths),
         ),
+        compare(
+            name, "  of a perfect engine, at this machine's floor", "none", least(depths),
+            least(depths, cached=False),
+        ),
         Row(name, "deferred: tokens that differ", "none", differing, most=0),
         compare(
             name, "deferred, after the first token", "full", median["deferred"] - first, full - first,
