@@ -140,13 +140,12 @@ def new_model(shape: dict[str, Any], vocabulary: int, context: int, bos: int, eo
     return model
 
 
-def grow(small, big) -> None:
-    """Put the layers of `small` between identity layers of `big`, so that both compute the same function.
+def grow(small, big, between: bool) -> None:
+    """Copy `small` into `big`, whose other layers are the identity: both then compute the same function.
 
-    Old layers are spread evenly, not kept at the bottom: then early exits hold a part of what was learnt,
-    not all of it, and accuracy grows with depth.
+    The old layers stay at the bottom, or are spread evenly with the new ones `between` them.
     """
-    ratio = big.config.num_hidden_layers // small.config.num_hidden_layers
+    ratio = big.config.num_hidden_layers // small.config.num_hidden_layers if between else 1
     weights = big.state_dict()  # its tensors are the model's own
     for name, weight in small.state_dict().items():
         parts = name.split(".")
@@ -358,7 +357,7 @@ def train_model(
                 tokenizer.bos_token_id, tokenizer.eos_token_id, training["seed"] + number,
             )  # fmt: skip
             if before is not None:
-                grow(before, model)
+                grow(before, model, training["growth"] == "between")
             folder = checkpoints / f"stage-{number}"
             weights, record = folder / "model.safetensors", folder / "curve.json"
             if record.exists():  # written last

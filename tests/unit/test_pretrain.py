@@ -1,5 +1,6 @@
 """A base model from scratch in small: tokenizer, blocks, training, validation, model card."""
 
+import itertools
 import json
 import math
 import shutil
@@ -37,7 +38,8 @@ SHAPES = {
 TRAINING = {
     "context": CONTEXT, "epochs": 1.0, "batch_tokens": 4 * CONTEXT, "learning_rate": 1e-2, "warmup_steps": 1,
     "weight_decay": 0.1, "bf16": False, "compile": False, "seed": 1, "log_every": 1, "save_every": 2,
-    "stages": [{"share": 1, "layers": 2, "sequence": 8}, {"share": 1}], "validation_files": 5,
+    "growth": "top", "stages": [{"share": 1, "layers": 2, "sequence": 8}, {"share": 1}],
+    "validation_files": 5,
 }  # fmt: skip
 
 
@@ -176,18 +178,20 @@ def test_a_family_that_cannot_be_made_is_named():
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_growing_keeps_the_function_and_spreads_the_layers(family):
+@pytest.mark.parametrize(
+    ("between", "idle"), [(True, [False, True, False]), (False, [False, False, True])], ids=["between", "top"]
+)
+def test_growing_keeps_the_function(family, between, idle):
     shape = SHAPES[family]
     small, big = (new_model(shape | {"layers": n}, 50, CONTEXT, 0, 1, seed=n) for n in (2, 4))
     for weight in small.parameters():
         torch.nn.init.normal_(weight, 0.0, 0.1)
-    grow(small, big)
+    grow(small, big, between)
     ids = torch.arange(8)[None]
     with torch.inference_mode():
         assert torch.allclose(small(ids).logits, big(ids).logits, atol=1e-5)
-        states = big(ids, output_hidden_states=True).hidden_states
-    assert torch.equal(states[1], states[2])  # layers 2 and 4 are new
-    assert not torch.equal(states[2], states[3])
+        states = big(ids, output_hidden_states=True).hidden_states[:4]  # the last one is normed
+    assert [torch.equal(*pair) for pair in itertools.pairwise(states)] == idle
 
 
 def test_stages_share_the_blocks_in_order():
