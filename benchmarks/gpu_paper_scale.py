@@ -132,11 +132,15 @@ class GraphDecoder:
 
     def _layers(self, first: int, last: int, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         rotary = self.family.rotary(positions)
+        masks: dict[int | None, torch.Tensor] = {}
         for layer in range(first, last):
-            mask = self.keys <= positions[0][:, None]
-            if (window := self.family.sliding_window(layer)) is not None:
-                mask &= self.keys > positions[0][:, None] - window
-            hidden = self.family.run(layer, hidden, positions, mask[None, None], self.cache, rotary)
+            window = self.family.sliding_window(layer)
+            if window not in masks:
+                mask = self.keys <= positions[0][:, None]
+                if window is not None:
+                    mask &= self.keys > positions[0][:, None] - window
+                masks[window] = mask[None, None]
+            hidden = self.family.run(layer, hidden, positions, masks[window], self.cache, rotary)
         return hidden
 
     def _segment(self, first: int, last: int) -> None:

@@ -50,6 +50,7 @@ from greencode.protocol import (
     error_body,
     error_frame,
     ignored_header,
+    refused,
     stops,
 )
 from greencode.telemetry import Telemetry
@@ -148,12 +149,12 @@ class Service:
         try:
             prompt.encode()
         except UnicodeEncodeError:
-            raise _refused(field, "it holds half of a surrogate pair, which is no text") from None
+            raise refused(field, "it holds half of a surrogate pair, which is no text") from None
         window = served.engine.family.window or 2**31
         limit = min(settings.max_new_tokens_limit, window - 1)
         new_tokens = settings.max_new_tokens if body.max_new_tokens is None else body.max_new_tokens
         if new_tokens == 0 or new_tokens > limit:
-            raise _refused("max_new_tokens", f"it must be -1, or from 1 to {limit}")
+            raise refused("max_new_tokens", f"it must be -1, or from 1 to {limit}")
         cuts = settings.on_long_input == "truncate" or body.truncate is not None
         longest = min(settings.max_input_tokens or window, window - max(1, new_tokens))
         text, writer, completable = self._read(body, prompt, longest if cuts else None)
@@ -162,9 +163,9 @@ class Service:
         if len(ids) > longest and settings.on_long_input == "truncate":
             ids = ids[-longest:]
         if len(ids) > longest:
-            raise _refused(field, f"it has {len(ids)} tokens, and {longest} are read; send less or truncate")
+            raise refused(field, f"it has {len(ids)} tokens, and {longest} are read; send less or truncate")
         if not ids:
-            raise _refused(field, "it holds nothing to complete")
+            raise refused(field, "it holds nothing to complete")
         if new_tokens == -1:
             new_tokens = min(limit, window - len(ids))
         sampling = choose_sampling(body)
@@ -202,7 +203,7 @@ class Service:
         if (body.prompt_format or settings.prompt_format) == "tokens":
             return prompt, None, True
         if settings.language is None:
-            raise _refused("prompt_format", "the model's language is not known here; send tokens")
+            raise refused("prompt_format", "the model's language is not known here; send tokens")
         if longest is not None and len(prompt) > (most := longest * CHARACTERS_PER_TOKEN):
             prompt = prompt[-most:].partition("\n")[2] or prompt[-most:]
         read = prompts.read(prompt, settings.language, settings.variant, settings.allow)
@@ -322,10 +323,6 @@ def _outcome(event: Any) -> Outcome:
     if event.cancelled:
         raise ServiceError(503, "shutting_down", "The server is shutting down.", headers=RETRY)
     return event
-
-
-def _refused(loc: str, message: str) -> ServiceError:
-    return ServiceError.invalid([{"loc": (loc,), "msg": message, "type": "value_error"}])
 
 
 def _prefill(tokenizer: Any, ids: list[int]) -> list[Token]:

@@ -340,28 +340,29 @@ def choose_exit(
     layer, threshold = request.exit_layer, request.exit_threshold
     implied = "fixed" if layer is not None else "rl" if threshold is not None else None
     if request.exit_policy is None and layer is not None and threshold is not None:
-        raise _refused("exit_policy", "exit_threshold and exit_layer exclude each other; name one policy")
+        raise refused("exit_policy", "exit_threshold and exit_layer exclude each other; name one policy")
     header_implied = "rl" if header_threshold is not None else None
     policy = request.exit_policy or implied or header_policy or header_implied or default.policy
     if policy == "rl":
         if not agent:
-            raise _refused("exit_policy", "this server has no agent; use fixed or none")
+            raise refused("exit_policy", "this server has no agent; use fixed or none")
         for given in (threshold, header_threshold, default.threshold):
             if given is not None:
                 threshold = given
                 break
     if policy != "fixed":
         if layer is not None:
-            raise _refused("exit_layer", "it needs exit_policy fixed")
+            raise refused("exit_layer", "it needs exit_policy fixed")
         return Exit(policy, threshold if policy == "rl" else None)
     if layer is None:
-        raise _refused("exit_layer", "exit_policy fixed needs it")
+        raise refused("exit_layer", "exit_policy fixed needs it")
     if layer not in exit_points:
-        raise _refused("exit_layer", f"it must be one of the exit points {list(exit_points)}")
+        raise refused("exit_layer", f"it must be one of the exit points {list(exit_points)}")
     return Exit("fixed", layer=layer)
 
 
-def _refused(loc: str, message: str) -> ServiceError:
+def refused(loc: str, message: str) -> ServiceError:
+    """422: one sentence on one field."""
     return ServiceError.invalid([{"loc": (loc,), "msg": message, "type": "value_error"}])
 
 

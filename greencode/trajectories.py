@@ -107,7 +107,7 @@ class _Witness:
     tokens: list[int] = field(default_factory=list)
 
     def leaves(self, view: ExitView) -> bool:
-        self.observations.append(view.observation.float().cpu().numpy())
+        self.observations.append(view.to_host(view.observation))
         self.tokens.append(int(view.logits.argmax()))
         return False
 
