@@ -18,12 +18,14 @@ include: "workflow/rules/agent.smk"
 include: "workflow/rules/generate.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/frontier.smk"
 include: "workflow/rules/pretrain.smk"
 
 
 localrules:
     figures,
     tables,
+    frontier,
     pretrain,
 
 
@@ -37,6 +39,11 @@ rule figures:
 rule tables:
     input:
         TABLES,
+
+
+rule frontier:
+    input:
+        FRONTIER,
 
 
 rule pretrain:

@@ -18,9 +18,10 @@ import numpy as np
 from greencode.episodes import Episodes, EpisodeSource
 from greencode.errors import UserError
 from greencode.files import atomic
-from greencode.policies import ExitPolicy, check_threshold
+from greencode.policies import ExitPolicy
 from greencode.results import versions
 from greencode.reward import Reward
+from greencode.rules import in_chunks, replay
 
 if TYPE_CHECKING:
     from stable_baselines3 import PPO
@@ -117,44 +118,16 @@ class ValidationRow(NamedTuple):
     agreement: float
 
 
-def replay(episodes: Episodes, probabilities: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Leave recorded episodes by the rule P(exit) > T, without the language model.
-
-    Args:
-        probabilities: [episodes, T, E], P(exit) at each exit point before the final layer.
-        threshold: T in [0, 1].
-
-    Returns:
-        Depths, int64 [episodes, T] of layers run; agreement, bool [episodes, T]: the token is the full
-        model's.
-
-    Raises:
-        UserError: if the threshold is not in [0, 1].
-    """
-    leave = probabilities > check_threshold(threshold)
-    exits = leave.shape[-1]
-    index = np.where(leave.any(axis=-1), leave.argmax(axis=-1), exits)
-    tokens = np.take_along_axis(episodes.tokens, index[..., None], axis=-1)[..., 0]
-    return np.array(episodes.exit_points)[index], tokens == episodes.tokens[..., -1]
-
-
 def validation_table(
     episodes: Episodes, policy: ExitPolicy, thresholds: list[float] | tuple[float, ...]
 ) -> list[ValidationRow]:
     """Mean depth and agreement with the full model at each threshold, on recorded episodes."""
-    probabilities = _in_chunks(policy.probability, episodes.observations)
+    probabilities = in_chunks(policy.probability, episodes.observations)
     rows = []
     for threshold in thresholds:
         depths, agreement = replay(episodes, probabilities, threshold)
         rows.append(ValidationRow(float(threshold), float(depths.mean()), float(agreement.mean())))
     return rows
-
-
-def _in_chunks(function: Any, observations: np.ndarray, chunk: int = 64) -> np.ndarray:
-    """`function` of [episodes, ...], a few episodes at a time to bound memory."""
-    return np.concatenate(
-        [function(observations[start : start + chunk]) for start in range(0, len(observations), chunk)]
-    )
 
 
 @dataclass(frozen=True)
@@ -226,7 +199,7 @@ def train(
 
     from greencode.environment import VectorExitEnvironment
 
-    _check_episodes(episodes, validation)
+    check_episodes(episodes, validation)
     standard = _standard(episodes, settings)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
@@ -341,7 +314,12 @@ def actions_agree(
     return True
 
 
-def _check_episodes(episodes: EpisodeSource, validation: Episodes) -> None:
+def check_episodes(episodes: EpisodeSource, validation: Episodes) -> None:
+    """Faults that would spoil a training.
+
+    Raises:
+        UserError: episodes that are none, not finite, or not of one model.
+    """
     for name, split in (("train", episodes), ("validation", validation)):
         if isinstance(split, Episodes):
             if not len(split):

@@ -28,6 +28,7 @@ import torch
 from greencode.errors import UserError
 from greencode.exits import check_exit_points, exit_points
 from greencode.families import Family, Rotary, adapt
+from greencode.signals import signals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -436,14 +437,17 @@ class Engine:
         return done
 
     @torch.inference_mode()
-    def trace(self, contexts: Sequence[Sequence[int]], new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    def trace(
+        self, contexts: Sequence[Sequence[int]], new_tokens: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Greedy full-depth completions of several contexts at once, seen from every exit point.
 
         Returns:
-            observations [B, new_tokens, E, H] in float32 at the E exit points before the final layer, and
-            tokens [B, new_tokens, E + 1]: what each exit point, the final layer last, would answer. The
-            text goes on with the final layer's token. What it holds is what `stream` shows a policy in a
-            full-depth completion (contexts are padded on the left and masked).
+            observations float32 [B, new_tokens, E, H] at the E exit points before the final layer;
+            tokens int64 [B, new_tokens, E + 1]: what each exit point, the final layer last, would answer;
+            signals float32 [B, new_tokens, E, S], how sure the exit points are of that. The text goes on
+            with the final layer's token. All of it is what `stream` shows a policy in a full-depth
+            completion (contexts are padded on the left and masked).
         """
         family, device = self.family, self.family.device
         contexts = [self._fit(context, new_tokens, "refuse") for context in contexts]
@@ -453,7 +457,7 @@ class Engine:
             [[0] * (longest - len(context)) + list(context) for context in contexts], device=device
         )
         cache = _BatchCache(family.depth)
-        observations, tokens = [], []
+        observations, tokens, certainty = [], [], []
         start = 0
         for _ in range(new_tokens):
             total = start + ids.shape[1]
@@ -471,11 +475,13 @@ class Engine:
                 if layer + 1 in self.exit_points:
                     seen.append(family.observe(hidden[:, -1]))
             states = torch.stack(seen, dim=1)
-            answers = family.logits(states).argmax(-1)
+            logits = family.logits(states)
+            answers = logits.argmax(-1)
+            certainty.append(signals(logits[:, :-1]).cpu().numpy())
             observations.append(states[:, :-1].float().cpu().numpy())
             tokens.append(answers.cpu().numpy())
             ids, start = answers[:, -1:], total
-        return np.stack(observations, axis=1), np.stack(tokens, axis=1)
+        return np.stack(observations, axis=1), np.stack(tokens, axis=1), np.stack(certainty, axis=1)
 
 
 class _BatchCache:

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from greencode.errors import UserError
 from greencode.files import atomic
 
-FORMAT = "greencode-episodes-1"
+FORMAT = "greencode-episodes-2"
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class Episodes:
     Attributes:
         observations: float32 [episodes, T, E, H].
         tokens: int64 [episodes, T, E + 1].
+        signals: float32 [episodes, T, E, S], how sure each exit point before the final layer was of its
+            token, in the order of `greencode.signals.SIGNALS`.
         exit_points: depths 1..N, ending at N: E + 1 of them.
         observation: name of the observation's definition, e.g. `final_norm`.
         fingerprint: of the model that was recorded.
@@ -84,6 +86,7 @@ class Episodes:
 
     observations: np.ndarray
     tokens: np.ndarray
+    signals: np.ndarray
     exit_points: tuple[int, ...]
     observation: str
     fingerprint: str
@@ -95,9 +98,10 @@ class Episodes:
         count, tokens, exits, _ = self.observations.shape
         fits = (
             self.tokens.shape == (count, tokens, exits + 1)
+            and self.signals.shape[:3] == (count, tokens, exits)
             and len(self.exit_points) == exits + 1
             and self.files.shape == self.contexts.shape == (count,)
-            and self.observations.dtype == np.float32
+            and self.observations.dtype == self.signals.dtype == np.float32
             and self.tokens.dtype == np.int64
         )
         if not fits:
@@ -156,6 +160,7 @@ class Episodes:
         tensors = {
             "observations": self.observations,
             "tokens": self.tokens,
+            "signals": self.signals,
             "files": self.files.astype(np.int64),
             "contexts": self.contexts.astype(np.int64),
         }

@@ -591,6 +591,183 @@ def _scatter(
     return rows
 
 
+# --- every exit rule --------------------------------------------------------------------------------
+
+_FRONTIER_QUALITY = {
+    "agreement": "Agreement with\nfull depth",
+    "token_accuracy": "Token accuracy",
+    "rougeL": "ROUGE-L",
+    "codebleu": "CodeBLEU",
+}
+_FRONTIER_COST = {
+    "layers": "Mean depth [layers per token]",
+    "seconds": "Time [s per completion]",
+    "joules": "Energy [J per completion]",
+}
+_RULE_COLOURS = (_BLUE, _VERMILION, _GREEN, _PURPLE, _SKY, _ORANGE, "#8C6D31", "#666666")
+_RULE_MARKERS = ("o", "s", "v", "P", "X", "D", "h", "<")
+
+
+def frontier(records: Sequence[Mapping[str, Any]], style: Style, stem: str | Path) -> Figure:
+    """Every exit rule of one model and dataset: quality (0..1) against depth, time and measured energy.
+
+    Bands are 95 % intervals over samples. The star is the full model with its KV cache; the oracle is a
+    bound. Energy that is an estimate from CPU time would repeat the panel of time and is left out.
+
+    Args:
+        records: one, as `greencode.frontier.record` gives it.
+
+    Raises:
+        UserError: if there is not exactly one.
+    """
+    if len(records) != 1:
+        raise UserError(f"A frontier shows one model and dataset, not {len(records)}; draw one for each.")
+    record = records[0]
+    with _styled(style) as look:
+        measured = record["energy_source"] in ("nvml", "rapl")
+        costs = [name for name in _FRONTIER_COST if name != "joules" or measured]
+        figure = Figure(figsize=(PAGE, 7.6), layout="constrained")
+        figure.suptitle(
+            f"{_title((record['model'], record['dataset']))} ({record['samples']} completions)",
+            fontsize=look.size + 1,
+        )
+        axes = figure.subplots(len(_FRONTIER_QUALITY), len(costs), sharex="col", sharey="row", squeeze=False)
+        by_rule: dict[str, list[Mapping[str, Any]]] = {}
+        for point in record["points"]:
+            by_rule.setdefault(point["rule"], []).append(point)
+        looks = _rule_looks(by_rule)
+        rows: list[dict[str, Any]] = []
+        for line, quality in zip(axes, _FRONTIER_QUALITY, strict=True):
+            line[0].set_ylabel(f"{_FRONTIER_QUALITY[quality]} [0..1]")
+            for axis, cost in zip(line, costs, strict=True):
+                for rule, points in by_rule.items():
+                    rows += _rule_line(axis, rule, points, cost, quality, looks[rule])
+        for axis, cost in zip(axes[-1], costs, strict=True):
+            axis.set_xlabel(_FRONTIER_COST[cost])
+            axis.set_xlim(left=0)
+            axis.xaxis.set_major_locator(MaxNLocator(6, integer=cost == "layers", steps=[1, 2, 4, 5, 8, 10]))
+            axis.xaxis.set_major_formatter("{x:g}")
+        handles = [
+            Line2D([], [], label=_rule_label(rule, record["rules"]), **looks[rule]) for rule in by_rule
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
+        about = {"model": record["model"], "dataset": record["dataset"]}
+        _save(figure, pd.DataFrame([about | row for row in rows]), stem, look)
+    return figure
+
+
+def _rule_looks(rules: Iterable[str]) -> dict[str, dict[str, Any]]:
+    looks: dict[str, dict[str, Any]] = {
+        "full": {"color": "black", "marker": "*", "markersize": 9, "linestyle": "none"},
+        "oracle": {"color": "black", "marker": "d", "markersize": 5, "linestyle": "none"},
+        "fixed": {"color": _FAINT, "marker": "^", "linestyle": ":", "markersize": 4},
+    }
+    others = [rule for rule in rules if rule not in looks]
+    for place, rule in enumerate(others):
+        looks[rule] = {
+            "color": _RULE_COLOURS[place % len(_RULE_COLOURS)],
+            "marker": _RULE_MARKERS[place % len(_RULE_MARKERS)],
+            "linestyle": ("-", "--")[place // len(_RULE_COLOURS) % 2],
+            "markersize": 4,
+        }
+    return looks
+
+
+def _rule_label(rule: str, kinds: Mapping[str, str]) -> str:
+    named = {"full": "full depth, cached", "fixed": "fixed exits", "oracle": "oracle (bound)"}
+    if rule in named:
+        return named[rule]
+    kind = {"agent": "PPO", "stopping": "cost-to-go"}.get(kinds[rule], kinds[rule])
+    return rule if kind == rule else f"{rule} ({kind})"
+
+
+def _rule_line(
+    axis: Axes,
+    rule: str,
+    points: Sequence[Mapping[str, Any]],
+    cost: str,
+    quality: str,
+    look: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    known = [p for p in points if cost in p["metrics"] and quality in p["metrics"]]
+    known.sort(key=lambda point: point["metrics"][cost]["value"])
+    if not known:
+        return []
+    across = [point["metrics"][cost] for point in known]
+    up = [point["metrics"][quality] for point in known]
+    x, y = [one["value"] for one in across], [one["value"] for one in up]
+    if len(known) > 1:
+        band = [one["low"] for one in up], [one["high"] for one in up]
+        axis.fill_between(x, *band, color=look["color"], alpha=0.07, linewidth=0)
+    else:
+        _cross(axis, Interval(**across[0]), Interval(**up[0]), look["color"])
+    axis.plot(x, y, linewidth=1.0, zorder=3, **look)
+    return [
+        {"rule": rule, "method": point["method"], "share": point["share"], "cost": cost, "metric": quality}
+        | {f"x_{end}" if end != "value" else "x": a[end] for end in ("value", "low", "high")}
+        | {end: u[end] for end in ("value", "low", "high")}
+        for point, a, u in zip(known, across, up, strict=True)
+    ]
+
+
+def fig12_calibration(records: Sequence[Mapping[str, Any]], style: Style, stem: str | Path) -> Figure:
+    """Fig. 12 (not in the paper): what was promised on validation against what the test split gave.
+
+    One panel for savings of layers, one for agreement with full depth; one point per rule, model and
+    dataset, with its 95 % interval over test episodes. Above the diagonal a promise was kept. Targets that
+    could not be promised are counted below the axis.
+
+    Raises:
+        UserError: if there is no record.
+    """
+    if not records:
+        raise UserError("There is no frontier to show; run the target frontier for one model at least.")
+    with _styled(style) as look:
+        figure = Figure(figsize=(PAGE, 3.6), layout="constrained")
+        looks = _rule_looks(dict.fromkeys(row["rule"] for r in records for row in r["calibration"]))
+        kinds = {name: kind for record in records for name, kind in record["rules"].items()}
+        rows: list[dict[str, Any]] = []
+        for axis, wanted in zip(figure.subplots(1, 2), ("saving", "agreement"), strict=True):
+            asked = [
+                {"model": record["model"], "dataset": record["dataset"]} | row
+                for record in records
+                for row in record["calibration"]
+                if row["wanted"] == wanted
+            ]
+            targets = sorted({row["target"] for row in asked})
+            span = [0.0, 1.0] if wanted == "saving" else [min(targets, default=0.0) - 0.1, 1.0]
+            axis.plot(span, span, color=_FAINT, linewidth=0.8, linestyle="--", zorder=1)
+            step = (span[1] - span[0]) * 0.006
+            order = list(looks)
+            for row in asked:
+                if row["threshold"] is None:
+                    continue
+                x = row["target"] + step * (order.index(row["rule"]) - len(order) / 2)
+                one = Interval(row["obtained_value"], row["obtained_low"], row["obtained_high"])
+                _error_bar(axis, x, one)
+                axis.plot(x, one.value, zorder=3, **(looks[row["rule"]] | {"linestyle": "none"}))
+            for target in targets:
+                here = [row for row in asked if row["target"] == target]
+                kept = sum(row["threshold"] is not None for row in here)
+                axis.annotate(
+                    f"{kept}/{len(here)}", (target, 0.02), xycoords=("data", "axes fraction"), ha="center",
+                    fontsize=look.size - 2, color=_FAINT,
+                )  # fmt: skip
+            rows += asked
+            what = "layers saved" if wanted == "saving" else "agreement with full depth"
+            axis.set_xlabel(f"Promised: {what} [share]")
+            axis.set_ylabel(f"Obtained on test: {what} [share]")
+            axis.set_xlim(*([0, 0.6] if wanted == "saving" else span))
+        handles = [
+            Line2D([], [], label=_rule_label(rule, kinds), **(one | {"linestyle": "none"}))
+            for rule, one in looks.items()
+            if rule in kinds
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6))
+        _save(figure, pd.DataFrame(rows), stem, look)
+    return figure
+
+
 # --- published values beside measured ones ----------------------------------------------------------
 
 _PUBLISHED = {"llama3.2-3b": ("Llama 3.2 3B", "o"), "opt-2.7b": ("OPT 2.7B", "s")}

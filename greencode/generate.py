@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -62,45 +63,119 @@ def run(
     Args:
         about: `model`, `dataset`, `language`, `method` of the `Generation`.
     """
-    new_tokens = settings["new_tokens"]
+    method = Method(policy, kv)
+    _warm_up(engine, samples, [method], settings, meter)
+    completions = _timed(engine, progress(samples, about["method"]), method, settings["new_tokens"], meter)
+    return _generation(engine, meter, completions, about, provenance)
 
-    def complete(sample: Sample) -> Decoded:
-        return engine.complete(sample.context, new_tokens, policy, kv=kv)
 
-    for sample in samples[: settings["warmup"]]:
-        complete(sample)
+@dataclass(frozen=True)
+class Method:
+    """How completions are made.
+
+    Attributes:
+        policy: of every sample; or, if `for_sample` is given, None.
+        kv: mode of the KV cache.
+        for_sample: the policy of one sample, by its number.
+    """
+
+    policy: Policy | None = None
+    kv: str = "deferred"
+    for_sample: Callable[[int], Policy] | None = None
+
+
+def run_side_by_side(
+    engine: Engine,
+    samples: Sequence[Sample],
+    methods: dict[str, Method],
+    settings: dict[str, Any],
+    meter: Meter,
+    about: dict[str, Any],
+    provenance: Provenance,
+    block: int = 10,
+    seed: int = 0,
+) -> dict[str, Generation]:
+    """`run` for several methods at once, so that whatever the machine does meanwhile is shared by all.
+
+    Block by block of samples, each method completes the block in one window of the meter; the order of the
+    methods is drawn anew for every block.
+
+    Args:
+        about: `model`, `dataset`, `language` of the `Generation`s.
+        block: samples in a window.
+    """
+    _warm_up(engine, samples, list(methods.values()), settings, meter)
+    done: dict[str, list[Completion]] = {name: [] for name in methods}
+    rng = np.random.default_rng(seed)
+    for start in progress(range(0, len(samples), block), "side by side"):
+        for index in rng.permutation(len(methods)):
+            name = list(methods)[index]
+            done[name] += _timed(
+                engine, samples[start : start + block], methods[name], settings["new_tokens"], meter, start
+            )
+    return {
+        name: _generation(engine, meter, completions, about | {"method": name}, provenance)
+        for name, completions in done.items()
+    }
+
+
+def _warm_up(engine, samples, methods: Sequence[Method], settings: dict[str, Any], meter: Meter) -> None:
+    for method in methods:
+        for number, sample in enumerate(samples[: settings["warmup"]]):
+            _complete(engine, sample, method, number, settings["new_tokens"])
     meter.measure_idle(settings["idle_seconds"])
+
+
+def _complete(engine: Engine, sample: Sample, method: Method, number: int, new_tokens: int) -> Decoded:
+    policy = method.policy if method.for_sample is None else method.for_sample(number)
+    return engine.complete(sample.context, new_tokens, policy, kv=method.kv)
+
+
+def _timed(
+    engine: Engine,
+    samples: Iterable[Sample],
+    method: Method,
+    new_tokens: int,
+    meter: Meter,
+    first: int = 0,
+) -> list[Completion]:
+    """Complete samples one at a time inside one window of the meter; `first` is the first one's number."""
     timed = []
     with meter.window() as window:
-        for sample in progress(samples, about["method"]):
+        for number, sample in enumerate(samples, first):
             wall, cpu = time.perf_counter(), time.process_time()
-            done = complete(sample)
-            timed.append((done, time.perf_counter() - wall, time.process_time() - cpu))
-    joules = meter.share(window.energy, [seconds for _, seconds, _ in timed])
-    decode = engine.tokenizer.decode
+            done = _complete(engine, sample, method, number, new_tokens)
+            timed.append((sample, done, time.perf_counter() - wall, time.process_time() - cpu))
+    joules = meter.share(window.energy, [seconds for *_, seconds, _ in timed])
+    return [
+        Completion(
+            id=sample.id,
+            context_tokens=len(sample.context),
+            tokens=done.tokens,
+            reference=sample.reference,
+            text=done.text,
+            reference_text=engine.tokenizer.decode(sample.reference),
+            depths=done.depths,
+            seconds=seconds,
+            cpu_seconds=cpu_seconds,
+            joules=share,
+            layer_positions=done.usage.layer_positions,
+            checks=done.usage.checks,
+        )
+        for (sample, done, seconds, cpu_seconds), share in zip(timed, joules, strict=True)
+    ]
+
+
+def _generation(
+    engine: Engine, meter: Meter, completions: list[Completion], about: dict[str, Any], provenance: Provenance
+) -> Generation:
     return Generation(
         layers=engine.family.depth,
         exit_points=list(engine.exit_points),
         energy_source=meter.source,
         energy_note=meter.note,
         provenance=provenance,
-        completions=[
-            Completion(
-                id=sample.id,
-                context_tokens=len(sample.context),
-                tokens=done.tokens,
-                reference=sample.reference,
-                text=done.text,
-                reference_text=decode(sample.reference),
-                depths=done.depths,
-                seconds=seconds,
-                cpu_seconds=cpu_seconds,
-                joules=share,
-                layer_positions=done.usage.layer_positions,
-                checks=done.usage.checks,
-            )
-            for sample, (done, seconds, cpu_seconds), share in zip(samples, timed, joules, strict=True)
-        ],
+        completions=completions,
         **about,
     )
 

@@ -1,13 +1,14 @@
 """Exit policies: small objects with one method, `leaves(view)`, asked at each exit point.
 
 Never leaving is no policy at all (`None`). Rules are objects, not settings of the model: a threshold is
-an argument of one request. The trained agent's network is here too (`ExitPolicy`); how it is trained is in
-`greencode.agent`.
+an argument of one request. Trained rules are networks on the observation (`ExitPolicy`); how they are
+trained is in `greencode.agent` (PPO) and `greencode.stopping` (supervised).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from greencode.episodes import read_safetensors, write_safetensors
 from greencode.errors import UserError
+from greencode.signals import SIGNALS
 
 if TYPE_CHECKING:
     import torch
@@ -38,13 +40,14 @@ def check_threshold(threshold: float) -> float:
 
 
 class ExitPolicy:
-    """The actor of a trained agent, in numpy: P(exit) of an observation.
+    """The network of a trained rule, in numpy: P(exit) of an observation.
 
     It keeps no state between calls, so threads may share it.
 
     Attributes:
         layers: (weight float32 [out, in], bias float32 [out]) of each layer; tanh between them; the last
-            one gives the logits of continue and exit.
+            one gives the logits of continue and exit, or their difference alone. With a leading axis of
+            E, [E, out, in] and [E, out], each exit point before the final layer has a network of its own.
         exit_points: depths that it was trained on, ending at N.
         observation: name of the observation's definition.
         fingerprint: of the model that it was trained on.
@@ -67,21 +70,23 @@ class ExitPolicy:
         self.observation = observation
         self.fingerprint = fingerprint
         self.training = training
-        *self._hidden, (weight, bias) = self.layers
-        # The softmax of two logits is the sigmoid of their difference: one row serves instead of two.
-        self._difference = weight[1] - weight[0]
-        self._offset = float(bias[1]) - float(bias[0])
+        exits = len(self.exit_points) - 1
+        self.shared = self.layers[0][0].ndim == 2
+        networks = [_Network(self.layers)] if self.shared else [
+            _Network([(weight[place], bias[place]) for weight, bias in self.layers]) for place in range(exits)
+        ]  # fmt: skip
+        self.networks = networks * exits if self.shared else networks
 
     @property
     def hidden_size(self) -> int:
         """H, the size of an observation."""
-        return self.layers[0][0].shape[1]
+        return self.layers[0][0].shape[-1]
 
     def probability(self, observation: np.ndarray, temperature: float = 1.0) -> Any:
         """P(exit).
 
         Args:
-            observation: [..., H].
+            observation: [..., H]; [..., E, H] where each exit point has its own network.
             temperature: divides the logits; above 1 the agent is less sure, below 1 surer.
 
         Returns:
@@ -95,32 +100,30 @@ class ExitPolicy:
         state = np.asarray(observation, np.float32)
         if state.ndim == 1:
             return _sigmoid(self.logit(state) / temperature)
-        if state.shape[-1:] != (self.hidden_size,):
+        sizes = (self.hidden_size,) if self.shared else (len(self.networks), self.hidden_size)
+        if state.shape[-len(sizes) :] != sizes:
             raise self._wrong_size(state)
-        shape = state.shape[:-1]
-        state = state.reshape(-1, self.hidden_size)
-        for weight, bias in self._hidden:
-            state = state @ weight.T
-            state += bias
-            np.tanh(state, out=state)
-        logits = (state @ self._difference + np.float32(self._offset)) / np.float32(temperature)
+        if self.shared:
+            logits = self.networks[0].logits(state)
+        else:
+            seen = [network.logits(state[..., place, :]) for place, network in enumerate(self.networks)]
+            logits = np.stack(seen, axis=-1)
         # By way of tanh, as exp would overflow.
-        return ((1 + np.tanh(logits / 2)) / 2).reshape(shape)
+        return (1 + np.tanh(logits / np.float32(temperature) / 2)) / 2
 
-    def logit(self, state: np.ndarray) -> float:
+    def logit(self, state: np.ndarray, place: int = 0) -> float:
         """Log odds of exit for one observation, float32 [H]. The decision of a running completion: lean.
+
+        Args:
+            place: index of the exit point, 0..E - 1.
 
         Raises:
             UserError: if H is another model's.
         """
         try:
-            for weight, bias in self._hidden:
-                state = weight.dot(state)
-                state += bias
-                np.tanh(state, out=state)
+            return self.networks[place].logit(state)
         except ValueError:
             raise self._wrong_size(state) from None
-        return float(self._difference.dot(state)) + self._offset
 
     def _wrong_size(self, state: np.ndarray) -> UserError:
         return UserError(
@@ -190,6 +193,35 @@ class ExitPolicy:
         return policy
 
 
+class _Network:
+    """One network of an `ExitPolicy`: tanh layers, then the difference of the two logits."""
+
+    __slots__ = ("difference", "hidden", "offset")
+
+    def __init__(self, layers: list[tuple[np.ndarray, np.ndarray]]):
+        *self.hidden, (weight, bias) = layers
+        # The softmax of two logits is the sigmoid of their difference: one row serves instead of two.
+        self.difference = weight[-1] if len(weight) == 1 else weight[1] - weight[0]
+        self.offset = float(bias[-1]) if len(bias) == 1 else float(bias[1]) - float(bias[0])
+
+    def logit(self, state: np.ndarray) -> float:
+        """Log odds of one state [H]."""
+        for weight, bias in self.hidden:
+            state = weight.dot(state)
+            state += bias
+            np.tanh(state, out=state)
+        return float(self.difference.dot(state)) + self.offset
+
+    def logits(self, states: np.ndarray) -> np.ndarray:
+        """Log odds [...] of states [..., H]."""
+        shape, states = states.shape[:-1], states.reshape(-1, states.shape[-1])
+        for weight, bias in self.hidden:
+            states = states @ weight.T
+            states += bias
+            np.tanh(states, out=states)
+        return (states @ self.difference + np.float32(self.offset)).reshape(shape)
+
+
 def _sigmoid(logit: float) -> float:
     if logit >= 0:
         return 1 / (1 + math.exp(-logit))
@@ -208,30 +240,33 @@ class FixedExit:
 
 
 class DeviceAgent:
-    """The actor's network on a torch device: P(exit) of an observation, without leaving the device."""
+    """A rule's network on a torch device: P(exit) of an observation, without leaving the device."""
 
     def __init__(self, agent: ExitPolicy, device: str, temperature: float = 1.0):
         import torch
 
-        self.temperature = temperature
-        *self._hidden, (weight, bias) = (
-            (torch.tensor(weight, device=device), torch.tensor(bias, device=device))
-            for weight, bias in agent.layers
-        )
-        self._difference, self._offset = weight[1] - weight[0], bias[1] - bias[0]
+        def there(array: np.ndarray) -> torch.Tensor:
+            return torch.tensor(array, device=device)
 
-    def __call__(self, observation: torch.Tensor) -> torch.Tensor:
-        """P(exit), a number, of one observation [H]."""
+        self.temperature = temperature
+        self._networks = [
+            ([(there(w), there(b)) for w, b in network.hidden], there(network.difference), network.offset)
+            for network in agent.networks
+        ]
+
+    def __call__(self, observation: torch.Tensor, place: int = 0) -> torch.Tensor:
+        """P(exit), a number, of one observation [H] at exit point number `place`."""
         import torch
 
+        hidden, difference, offset = self._networks[place]
         state = observation.float()
-        for weight, bias in self._hidden:
+        for weight, bias in hidden:
             state = torch.tanh(torch.addmv(bias, weight, state))
-        return torch.sigmoid((self._difference.dot(state) + self._offset) / self.temperature)
+        return torch.sigmoid((difference.dot(state) + offset) / self.temperature)
 
 
 class AgentExit:
-    """The trained agent: leave if P(exit) > threshold (never argmax).
+    """A trained rule: leave if P(exit) > threshold (never argmax).
 
     On the CPU the network runs in plain numpy. On a GPU it runs there, and one boolean per exit point
     comes back to the host.
@@ -243,10 +278,75 @@ class AgentExit:
         if temperature <= 0:
             raise UserError(f"The agent's temperature is {temperature}; it must be above 0.")
         self.temperature = temperature
+        self._place = {depth: place for place, depth in enumerate(agent.exit_points)}
         self._network = None if device.startswith("cpu") else DeviceAgent(agent, device, temperature)
 
     def leaves(self, view: ExitView) -> bool:
+        place = self._place[view.depth]
         if self._network is None:
-            logit = self.agent.logit(view.to_host(view.observation))
+            logit = self.agent.logit(view.to_host(view.observation), place)
             return _sigmoid(logit / self.temperature) > self.threshold
-        return bool(view.to_host(self._network(view.observation) > self.threshold))
+        return bool(view.to_host(self._network(view.observation, place) > self.threshold))
+
+
+class SignalExit:
+    """Leave if an exit's logits are sure enough: one of `greencode.signals.SIGNALS` > threshold.
+
+    It pays for the LM head at every exit point that it looks at, and is charged for it.
+    """
+
+    def __init__(self, signal: str, threshold: float):
+        self.threshold = check_threshold(threshold)
+        self._signal = SIGNALS[signal]
+
+    def leaves(self, view: ExitView) -> bool:
+        return bool(view.to_host(self._signal(view.logits.float())) > self.threshold)
+
+
+class PatienceExit:
+    """Leave once the exit points passed so far have said the same token often enough in a row.
+
+    The score of an exit point is the number of exit points right before it with its token, as a share of
+    E, so that thresholds lie in 0..1 (patience as in PABEE, Zhou et al. 2020, made comparable). It pays
+    for the LM head at every exit point, and holds the state of one completion: use it for one at a time.
+    """
+
+    def __init__(self, threshold: float, exit_points: tuple[int, ...]):
+        self.threshold = check_threshold(threshold)
+        self._first, self._exits = exit_points[0], len(exit_points) - 1
+        self._said, self._row = -1, 0
+
+    def leaves(self, view: ExitView) -> bool:
+        said = int(view.to_host(view.logits.argmax()))
+        again = view.depth != self._first and said == self._said
+        self._said, self._row = said, self._row + 1 if again else 0
+        return self._row / self._exits > self.threshold
+
+
+class RandomExit:
+    """Leave where a random number in [0, 1) is above the threshold; looks at nothing."""
+
+    def __init__(self, threshold: float, seed: int):
+        self.threshold = check_threshold(threshold)
+        self._rng = np.random.default_rng(seed)
+
+    def leaves(self, view: ExitView) -> bool:
+        return self._rng.random() > self.threshold
+
+
+class ScriptedExit:
+    """Leave each token at a depth that is known before: how the oracle's cost is measured.
+
+    Args:
+        depths: of each token of one completion.
+        exit_points: the engine's.
+    """
+
+    def __init__(self, depths: Iterable[int], exit_points: tuple[int, ...]):
+        self._depths, self._first = iter(depths), exit_points[0]
+        self._depth = 0
+
+    def leaves(self, view: ExitView) -> bool:
+        if view.depth == self._first:
+            self._depth = next(self._depths)
+        return view.depth >= self._depth

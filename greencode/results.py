@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,20 +158,43 @@ class Generation:
 
     def write(self, path: str | Path) -> None:
         """Write JSON Lines: a head line, then one line per completion."""
-        head = asdict(self)
-        completions = head.pop("completions")
-        write_text(path, "".join(json.dumps(line) + "\n" for line in (head, *completions)))
+        write_generations([self], path)
 
     @classmethod
     def read(cls, path: str | Path) -> Generation:
         """Read what `write` wrote; a broken file is a `UserError`."""
-        try:
-            with open_text(path) as stream:
-                head, *rows = (json.loads(line) for line in stream)
-            provenance = Provenance(**head.pop("provenance"))
-            return cls(provenance=provenance, completions=[Completion(**row) for row in rows], **head)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} is not a generations file ({error}); delete it and run again.") from None
+        found = read_generations(path)
+        if len(found) != 1:
+            raise UserError(
+                f"{path} is not a generations file "
+                f"(of one method; it has {len(found)}); delete it and run again."
+            )
+        return found[0]
+
+
+def write_generations(generations: Iterable[Generation], path: str | Path) -> None:
+    """Write several methods' completions into one file: JSON Lines, each method's head and completions."""
+    lines = []
+    for generation in generations:
+        head = asdict(generation)
+        lines += [head, *head.pop("completions")]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_generations(path: str | Path) -> list[Generation]:
+    """Read what `write_generations` wrote; a broken file is a `UserError`."""
+    found: list[Generation] = []
+    try:
+        with open_text(path) as stream:
+            for line in map(json.loads, stream):
+                if "method" in line:
+                    provenance = Provenance(**line.pop("provenance"))
+                    found.append(Generation(provenance=provenance, completions=[], **line))
+                else:
+                    found[-1].completions.append(Completion(**line))
+    except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(f"{path} is not a generations file ({error}); delete it and run again.") from None
+    return found
 
 
 @dataclass(frozen=True)

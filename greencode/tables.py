@@ -480,6 +480,97 @@ def _with_saving(row: Mapping[str, Any], metric: str) -> str:
     return f"{text} ({signed_percent(-saved)})"
 
 
+# --- every exit rule --------------------------------------------------------------------------------
+
+
+def frontier_table(records: Sequence[Mapping[str, Any]], part: str) -> pd.DataFrame:
+    """One part of all frontiers (`points`, `summaries`, `tests`, `calibration`) as one table.
+
+    A point has a column for each metric and two for its 95 % interval. Time is seconds per completion,
+    energy joules per completion with its source, shares 0..1; `forced_*` is along the full model's text.
+    """
+    rows = []
+    for record in records:
+        about = {"model": record["model"], "dataset": record["dataset"]}
+        for row in record[part]:
+            flat = {key: value for key, value in row.items() if key != "metrics"}
+            for metric, interval in row.get("metrics", {}).items():
+                flat |= {f"{metric}{end}": interval[key] for end, key in _ENDS}
+            if part == "points":
+                flat |= {key: record[key] for key in ("samples", "kv", "device", "energy_source")}
+            rows.append(about | flat)
+    return pd.DataFrame(rows)
+
+
+_ENDS = (("", "value"), ("_low", "low"), ("_high", "high"))
+
+
+def frontier_words(records: Sequence[Mapping[str, Any]]) -> str:
+    """What the frontiers say, in sentences made from the numbers; Markdown."""
+    text = ["# Which exit rule, at what threshold, and what it saves\n"]
+    for record in records:
+        text.append(f"\n## {record['model']} on {record['dataset']}\n")
+        text += [f"- {sentence}\n" for sentence in _sentences(record)]
+    text.append(
+        "\nSavings are of time against the full model with its KV cache, measured side by side; intervals "
+        "are 95 % over samples. Between its operating points a rule is taken to move on a straight line.\n"
+    )
+    return "".join(text)
+
+
+def _sentences(record: Mapping[str, Any]) -> Iterable[str]:
+    savings = {(row["rule"], row["quality"], row["summary"]): row for row in record["summaries"]}
+    rules = [rule for rule in dict.fromkeys(row["rule"] for row in record["summaries"]) if rule != "oracle"]
+    for quality, name in (("agreement", "agreement with full depth"), ("rougeL", "ROUGE-L")):
+        at = {rule: savings[rule, quality, "saving at 95%"] for rule in rules}
+        best = max(rules, key=lambda rule: at[rule]["value"])
+        if at[best]["value"] <= 0:
+            yield f"No rule keeps 95 % of the full model's {name} and saves time."
+            continue
+        yield (
+            f"At 95 % of the full model's {name}, {best} saves most: {_percent(at[best])} of the time. "
+            + "Others: "
+            + ", ".join(
+                f"{rule} {at[rule]['value']:.0%}"
+                for rule in sorted(rules, key=lambda rule: -at[rule]["value"])
+                if rule != best
+            )
+            + "."
+        )
+    volumes = {rule: savings[rule, "agreement", "hypervolume"] for rule in rules}
+    order = sorted(rules, key=lambda rule: -volumes[rule]["value"])
+    yield (
+        "By the whole frontier of agreement against time (hypervolume): "
+        + ", ".join(f"{rule} {volumes[rule]['value']:.3f}" for rule in order)
+        + "; oracle "
+        + f"{savings['oracle', 'agreement', 'hypervolume']['value']:.3f}."
+    )
+    clear = [row for row in record["tests"] if row["metric"] == "agreement" and row["p_holm"] < 0.05]
+    told = [
+        f"{row['rule'] if row['value'] > 0 else row['against']} above "
+        f"{row['against'] if row['value'] > 0 else row['rule']} at {row['share']:.0%} of the layers "
+        f"({abs(row['value']):.3f}, p = {row['p_holm']:.2g})"
+        for row in clear
+        if "random" not in (row["rule"], row["against"])
+    ]
+    yield (
+        f"Differences in agreement at equal depth that chance hardly explains (Holm, 5 %), of "
+        f"{sum(row['metric'] == 'agreement' for row in record['tests'])} tested and but for those with the "
+        f"random rule: {'; '.join(told) if told else 'none'}."
+    )
+    kept = [row for row in record["calibration"] if row["threshold"] is not None]
+    held = sum(row["obtained_value"] >= row["target"] for row in kept)
+    yield (
+        f"Of {len(record['calibration'])} promises asked for, {len(kept)} could be given on "
+        f"{record['calibration'][0]['files'] if record['calibration'] else 0} validation files; "
+        f"{held} of these held on the test split."
+    )
+
+
+def _percent(row: Mapping[str, Any]) -> str:
+    return f"{row['value']:.0%} ({row['low']:.0%} to {row['high']:.0%})"
+
+
 def _listed(values: Iterable[Any]) -> str:
     return " ".join(map(str, values))
 

@@ -16,6 +16,7 @@ from greencode.engine import OBSERVATION, Engine, ExitView
 from greencode.episodes import Episode, Episodes
 from greencode.errors import UserError
 from greencode.progress import progress
+from greencode.signals import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,16 @@ def record(
     shape = (episodes, draw.new_tokens, exits, engine.family.hidden_size)
     observations = np.empty(shape, np.float32)
     tokens = np.empty((episodes, draw.new_tokens, exits + 1), np.int64)
+    signals = np.empty((*shape[:3], len(SIGNALS)), np.float32)
     by_length = sorted(range(episodes), key=lambda i: len(contexts[i]))
     for start in progress(range(0, episodes, batch), f"record {split}"):
         rows = by_length[start : start + batch]
-        observations[rows], tokens[rows] = engine.trace([contexts[i] for i in rows], draw.new_tokens)
+        seen = engine.trace([contexts[i] for i in rows], draw.new_tokens)
+        observations[rows], tokens[rows], signals[rows] = seen
     return Episodes(
         observations=observations,
         tokens=tokens,
+        signals=signals,
         exit_points=engine.exit_points,
         observation=OBSERVATION,
         fingerprint=fingerprint,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from greencode.corpus import read_split
 from greencode.lexing import encode_tokens, plain_tokens
-from greencode.results import Evaluation, Generation
+from greencode.results import Evaluation, Generation, read_generations
 from greencode.tokenise import text_of, train_tokenizer
 
 CONFIG = {
@@ -36,6 +36,15 @@ CONFIG = {
     "trajectories": {"train_episodes": 16, "validation_episodes": 8, "new_tokens": 5, "batch_size": 8},
     "agents": {"agent": {"preset": "small", "steps": 512, "environments": 4}},
     "thresholds": [0.5],
+    "frontier": {
+        "rules": {
+            **{kind: {"kind": kind} for kind in ("confidence", "patience", "random", "classifier")},
+            "tuned": {"kind": "stopping", "hidden": [4], "epochs": 2},
+        },
+        "shares": [0.7],
+        "samples": 3,
+    },
+    "calibration": {"saving": [0.1], "agreement": [0.5]},
     "generate": {"samples": 4, "warmup": 1, "idle_seconds": 0},
     "overhead": {"samples": 2, "repeats": 1},
     "evaluate": {"resamples": 50},
@@ -285,3 +294,51 @@ def test_a_run_beside_another_is_refused(new_study):
         assert second.returncode != 0
         assert "Directory cannot be locked" in second.stderr
         assert first.poll() is None
+
+
+@pytest.fixture(scope="module")
+def frontier(study):
+    """The study with every exit rule side by side."""
+    done = study.snakemake("frontier")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return study
+
+
+def test_every_rule_is_on_the_frontier(frontier):
+    record = json.loads((frontier.folder / "results/frontier/tiny/code/frontier.json").read_text())
+    rules = [*sorted(CONFIG["frontier"]["rules"]), "agent"]
+    points = {point["method"]: point for point in record["points"]}
+    assert list(points) == ["full", "fixed-4", "oracle", *(f"{rule}-D0.7" for rule in rules)]
+    full, oracle = points["full"]["metrics"], points["oracle"]["metrics"]
+    assert full["agreement"]["value"] == oracle["agreement"]["value"] == 1
+    assert full["time_saved"]["value"] == 0
+    assert oracle["layers"]["value"] == pytest.approx(oracle["forced_layers"]["value"]) <= 8
+    assert {row["rule"] for row in record["summaries"]} == {"fixed", "oracle", *rules}
+    assert len(record["tests"]) == 2 * len(rules) * (len(rules) - 1) // 2
+    assert len(record["calibration"]) == 2 * len(rules)
+    assert record["samples"] == 3
+
+
+def test_every_rule_completed_the_same_samples(frontier):
+    generations = read_generations(frontier.folder / "results/frontier/tiny/code/generations.jsonl.gz")
+    by_method = {one.method: one.completions for one in generations}
+    full = by_method["full"]
+    for completions in by_method.values():
+        assert [one.id for one in completions] == [one.id for one in full]
+    assert [one.tokens for one in by_method["oracle"]] == [one.tokens for one in full]
+    assert {depth for one in by_method["fixed-4"] for depth in one.depths} == {4}
+
+
+def test_the_frontier_is_told_in_figures_tables_and_words(frontier):
+    results = frontier.folder / "results"
+    for name in ("frontier_tiny_code", "fig12_calibration"):
+        assert (results / f"figures/{name}.png").stat().st_size > 5000
+        assert (results / f"figures/{name}.pdf").read_bytes().startswith(b"%PDF")
+    for name in ("frontier_points", "frontier_savings", "frontier_tests", "calibration"):
+        with open(results / f"tables/{name}.csv", newline="", encoding="utf-8") as stream:
+            assert len(list(csv.reader(stream))) > 1
+    words = (results / "tables/frontier.md").read_text(encoding="utf-8")
+    assert "## tiny on code" in words
+    assert "hypervolume" in words
+    again = frontier.snakemake("frontier")
+    assert "Nothing to be done" in again.stderr

@@ -11,16 +11,16 @@ from greencode.agent import (
     Settings,
     ValidationRow,
     actions_agree,
-    check_threshold,
     export,
-    replay,
     train,
     validation_table,
 )
 from greencode.environment import VectorExitEnvironment
 from greencode.episodes import Episodes
 from greencode.errors import UserError
+from greencode.policies import check_threshold
 from greencode.reward import Reward
+from greencode.rules import replay
 
 POINTS = (4, 6, 8, 12, 16)
 HIDDEN = 12
@@ -43,6 +43,7 @@ def make(count=200, tokens=5, seed=0, **changes):
     fields = {
         "observations": observations.astype(np.float32),
         "tokens": predicted,
+        "signals": rng.random((count, tokens, exits, 3), np.float32),
         "exit_points": POINTS,
         "observation": "final_norm",
         "fingerprint": "abc",
@@ -371,6 +372,7 @@ def test_trajectories_that_cannot_be_learnt_from(episodes, validation):
         episodes,
         observations=episodes.observations[:, :, :0],
         tokens=episodes.tokens[..., -1:],
+        signals=episodes.signals[:, :, :0],
         exit_points=(16,),
     )
     with pytest.raises(UserError, match="no exit point before its final layer"):

@@ -17,6 +17,7 @@ def make(count=7, tokens=3, hidden=4, seed=0):
     return Episodes(
         observations=rng.normal(size=(count, tokens, 3, hidden)).astype(np.float32),
         tokens=rng.integers(0, 2, size=(count, tokens, 4)),
+        signals=np.zeros((count, tokens, 3, 3), np.float32),
         exit_points=POINTS,
         observation="final_norm",
         fingerprint="abc",

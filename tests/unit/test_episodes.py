@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ def make(files, seed=0, tokens=3, hidden=5):
     return Episodes(
         observations=rng.normal(size=(count, tokens, 2, hidden)).astype(np.float32),
         tokens=rng.integers(0, 3, size=(count, tokens, 3)),
+        signals=rng.random((count, tokens, 2, 3), np.float32),
         exit_points=POINTS,
         observation="final_norm",
         fingerprint="abc",
@@ -31,7 +34,7 @@ def test_saved_and_loaded_episodes_are_equal(tmp_path):
     path = tmp_path / "deep" / "train.safetensors"
     episodes.save(path)
     loaded = Episodes.load(path)
-    for name in ("observations", "tokens", "files", "contexts"):
+    for name in ("observations", "tokens", "signals", "files", "contexts"):
         before, after = getattr(episodes, name), getattr(loaded, name)
         assert before.dtype == after.dtype
         np.testing.assert_array_equal(before, after)
@@ -44,7 +47,7 @@ def test_a_view_in_another_order_is_saved_as_it_reads(tmp_path):
     whole = make([1, 2, 3, 4])
     path = tmp_path / "half.safetensors"
     half = Episodes(
-        whole.observations[::2], whole.tokens[::2], POINTS, "final_norm", "abc",
+        whole.observations[::2], whole.tokens[::2], whole.signals[::2], POINTS, "final_norm", "abc",
         whole.files[::2], whole.contexts[::2],
     )  # fmt: skip
     half.save(path)
@@ -111,4 +114,4 @@ def test_a_foreign_or_missing_file_is_named(tmp_path):
 def test_arrays_that_do_not_fit_are_refused():
     good = make([1, 2])
     with pytest.raises(ValueError, match="do not fit together"):
-        Episodes(good.observations, good.tokens, (4, 8), "final_norm", "abc", good.files, good.contexts)
+        replace(good, exit_points=(4, 8))

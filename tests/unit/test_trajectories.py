@@ -5,11 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
-from greencode.engine import OBSERVATION, Engine
+from greencode.engine import OBSERVATION, Engine, as_policy
 from greencode.environment import ExitEnvironment
 from greencode.episodes import Episode
 from greencode.errors import UserError
 from greencode.reward import Reward
+from greencode.signals import SIGNALS
 from greencode.trajectories import Draw, LiveEpisodes, eligible, record
 
 POINTS = (1, 2, 4, 6)
@@ -65,7 +66,7 @@ def test_batches_are_the_episodes_one_at_a_time(model):
     live = LiveEpisodes(Engine(model, POINTS), make_files(), DRAW)
     rng = np.random.default_rng(0)
     contexts = [rng.integers(0, 61, size=size).tolist() for size in (1, 3, 8, 17, 17)]
-    observations, tokens = live.engine.trace(contexts, DRAW.new_tokens)
+    observations, tokens, _ = live.engine.trace(contexts, DRAW.new_tokens)
     assert observations.shape == (5, *live.shape)
     for row, context in enumerate(contexts):
         episode = live.episode(context)
@@ -91,7 +92,7 @@ def test_recording_repeats_with_its_seed(engine):
     first, again, batched, other = (
         record_some(engine, **changes) for changes in ({}, {}, {"batch": 9}, {"seed": 4})
     )
-    for name in ("observations", "tokens", "files", "contexts"):
+    for name in ("observations", "tokens", "signals", "files", "contexts"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
     np.testing.assert_array_equal(first.tokens, batched.tokens)
     np.testing.assert_allclose(first.observations, batched.observations, atol=1e-4)
@@ -162,3 +163,17 @@ def test_too_short_files_are_refused(engine):
     ):
         with pytest.raises(UserError, match="None of the 2 train"):
             attempt()
+
+
+def test_recorded_signals_are_those_of_a_running_completion(model):
+    engine = Engine(model, POINTS)
+    seen = []
+
+    def look(view):
+        seen.append([float(of(view.logits)) for of in SIGNALS.values()])
+        return False
+
+    context = [5, 3, 9, 7, 1]
+    engine.complete(context, 4, as_policy(look))
+    _, _, recorded = engine.trace([context, context[:2]], 4)
+    np.testing.assert_allclose(recorded[0].reshape(-1, len(SIGNALS)), seen, atol=1e-4)

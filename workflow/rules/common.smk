@@ -67,6 +67,7 @@ wildcard_constraints:
     model=any_of(MODELS),
     dataset=any_of(DATASETS),
     agent=any_of(AGENTS),
+    policy=any_of(STUDY["frontier"]["rules"]),
     depth=r"\d+",
     threshold=r"[0-9.e-]+",
     method=r"[A-Za-z][A-Za-z0-9]*(-T?[0-9.e-]+)?",
@@ -155,6 +156,14 @@ def generate_block(wildcards):
     }
 
 
+def policy_block(wildcards):
+    return {"seed": STUDY["seed"], **STUDY["frontier"]["rules"][wildcards.policy]}
+
+
+def frontier_block(wildcards):
+    return generate_block(wildcards) | STUDY["frontier"]
+
+
 def overhead_block(wildcards):
     return generate_block(wildcards) | {"overhead": STUDY["overhead"]}
 
@@ -175,6 +184,27 @@ def methods_of(model):
     """Every method that is generated for a model, baselines first."""
     agents = [f"{agent}-T{threshold}" for agent in AGENTS for threshold in THRESHOLDS]
     return ["base", *fixed_of(model), *agents]
+
+
+# Trained rules have files: agents those of PPO, other rules those of train_policy.
+TRAINED = [
+    name
+    for name, rule in STUDY["frontier"]["rules"].items()
+    if rule["kind"] in ("classifier", "stopping")
+]
+RULES = {
+    name: rule["kind"] for name, rule in STUDY["frontier"]["rules"].items()
+} | dict.fromkeys(AGENTS, "agent")
+POLICIES = [
+    *(
+        f"results/agents/{{model}}/{{dataset}}/{name}/policy.safetensors"
+        for name in AGENTS
+    ),
+    *(
+        f"results/policies/{{model}}/{{dataset}}/{name}/policy.safetensors"
+        for name in TRAINED
+    ),
+]
 
 
 def evaluations_of(models, datasets, methods=methods_of):
@@ -216,6 +246,20 @@ TABLES = expand(
         "table4_overhead",
         "summary",
         "all_results",
+    ],
+)
+FRONTIER = expand(
+    "results/figures/{stem}.{format}",
+    stem=["fig12_calibration", *(f"frontier_{m}_{d}" for m, d in PAIRS)],
+    format=FORMATS,
+) + expand(
+    "results/tables/{name}",
+    name=[
+        "frontier_points.csv",
+        "frontier_savings.csv",
+        "frontier_tests.csv",
+        "calibration.csv",
+        "frontier.md",
     ],
 )
 LEARNING = [

@@ -19,6 +19,8 @@ def data_of(smk):
         return [dict(zip(pairs, map(read_json, smk.input.curves), strict=True))]
     if kind == "learning":
         return [[read_json(path) for path in smk.input.learning]]
+    if kind == "frontiers":
+        return [[read_json(path) for path in smk.input]]
     return [smk.params.models]
 
 

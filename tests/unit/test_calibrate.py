@@ -1,0 +1,109 @@
+"""Thresholds that keep a promise: the guarantee holds on fresh draws, and what cannot be promised is said."""
+
+import json
+
+import numpy as np
+import pytest
+from test_rules import HIDDEN, heads, make
+
+from greencode.calibrate import bound_p_value, calibrate, candidates, main, outcomes
+from greencode.errors import UserError
+from greencode.policies import ExitPolicy
+from greencode.rules import Rule
+from greencode.stopping import Settings, train
+
+
+@pytest.fixture(scope="module")
+def rule():
+    settings = Settings(hidden=(), price=0.0, dropout=0.0, epochs=5, batch_size=64)
+    return Rule("classifier", "classifier", train(make(seed=9), settings))
+
+
+def test_p_values_by_hand():
+    assert bound_p_value(0.3, 0.2, 100) == 1
+    # No loss at all in n units: Hoeffding's bound is (1 - limit)^n.
+    assert bound_p_value(0.0, 0.1, 50) == pytest.approx(0.9**50)
+    assert bound_p_value(0.05, 0.1, 1000) < bound_p_value(0.05, 0.1, 100) < 1
+
+
+@pytest.mark.parametrize("wanted", ["saving", "agreement"])
+def test_promises_hold_as_often_as_stated(rule, wanted):
+    """On 60 calibration sets of 80 files the true value falls short at most as often as allowed."""
+    training, population = make(count=200, seed=1), make(count=20_000, seed=2)
+    grid = candidates(rule, training)
+    depth, kept = (values.mean(axis=0) for values in outcomes(rule, population, grid))
+    truth = dict(zip(grid.tolist(), 1 - depth if wanted == "saving" else kept, strict=True))
+    target = 0.3 if wanted == "saving" else 0.9
+    short = given = 0
+    for seed in range(60):
+        (one,) = calibrate(rule, training, make(count=80, seed=100 + seed), [(wanted, target)], 0.8)
+        if one.threshold is not None:
+            given += 1
+            short += truth[one.threshold] < target
+            assert getattr(one, wanted) > target
+    assert given > 40
+    # Binomial(60, 0.2) is above 20 once in 500 times.
+    assert short <= 20
+
+
+def test_more_files_promise_more(rule):
+    training = make(count=200, seed=1)
+    few, many = (
+        calibrate(rule, training, make(count=count, seed=3), [("agreement", 0.9)])[0] for count in (60, 2000)
+    )
+    assert many.saving > few.saving
+
+
+def test_what_cannot_be_promised_is_said(rule):
+    training, validation = make(count=200, seed=1), make(count=20, seed=3)
+    (one,) = calibrate(rule, training, validation, [("saving", 0.95)])
+    assert one.threshold is None
+    assert one.saving is None
+    assert "a saving of 95% cannot be promised with 90% confidence" in one.reason
+    # Four files: even a rule that never leaves and so keeps everything proves little.
+    (one,) = calibrate(rule, training, make(count=4, seed=3), [("agreement", 0.99)], 0.95)
+    assert one.threshold is None
+
+
+def test_files_are_the_independent_units(rule):
+    validation = make(count=40, seed=3)
+    validation.files[:] = np.arange(40) // 4
+    depth, kept = outcomes(rule, validation, np.array([0.0, 0.5, 1.0]))
+    assert depth.shape == kept.shape == (10, 3)
+    assert depth[:, 2].tolist() == [1.0] * 10
+    assert kept[:, 2].tolist() == [1.0] * 10
+
+
+def test_faults(rule):
+    training = make(count=20, seed=1)
+    with pytest.raises(UserError, match="Target 'speed' is unknown"):
+        calibrate(rule, training, training, [("speed", 0.5)])
+    with pytest.raises(UserError, match="not between 0 and 1; ask for a share"):
+        calibrate(rule, training, training, [("saving", 40)])
+    with pytest.raises(UserError, match="Confidence 90"):
+        calibrate(rule, training, training, [("saving", 0.4)], 90)
+    with pytest.raises(UserError, match="no validation episodes"):
+        calibrate(rule, training, make(count=0), [("saving", 0.4)])
+
+
+def test_command(tmp_path, capsys, rule):
+    make(seed=1).save(tmp_path / "train.safetensors")
+    make(seed=2).save(tmp_path / "validation.safetensors")
+    rule.network.save(tmp_path / "policy.safetensors")
+    policy = ["--policy", str(tmp_path / "policy.safetensors")]
+    assert main([str(tmp_path), *policy, "--saving", "0.3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["saving"] > 0.3
+    assert 0 < found["threshold"] < 1
+    assert main([str(tmp_path), "--rule", "confidence", "--agreement", "0.999"]) == 1
+    assert "cannot be promised" in capsys.readouterr().err
+    for arguments, fault in (
+        ([], "Name either --policy"),
+        ([*policy, "--rule", "margin"], "Name either --policy"),
+        (["--rule", "margin"], "Ask for --saving or --agreement"),
+    ):
+        assert main([str(tmp_path), *arguments]) == 1
+        assert fault in capsys.readouterr().err
+    ExitPolicy(heads(size=HIDDEN).layers, (1, 2, 4, 6), "final_norm", "other", {}).save(tmp_path / "other")
+    assert main([str(tmp_path), "--policy", str(tmp_path / "other"), "--saving", "0.3"]) == 1
+    assert "another model" in capsys.readouterr().err
