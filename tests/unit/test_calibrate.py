@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from test_rules import HIDDEN, heads, make
 
+from greencode.__main__ import main as commands
 from greencode.calibrate import bound_p_value, calibrate, candidates, main, outcomes
 from greencode.errors import UserError
 from greencode.policies import ExitPolicy
@@ -107,3 +108,15 @@ def test_command(tmp_path, capsys, rule):
     ExitPolicy(heads(size=HIDDEN).layers, (1, 2, 4, 6), "final_norm", "other", {}).save(tmp_path / "other")
     assert main([str(tmp_path), "--policy", str(tmp_path / "other"), "--saving", "0.3"]) == 1
     assert "another model" in capsys.readouterr().err
+
+
+def test_commands_by_name(capsys, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["greencode", "calibrate", "nowhere", "--rule", "margin", "--saving", "0.3"]
+    )
+    assert commands() == 1
+    assert "nowhere/train.safetensors does not exist" in capsys.readouterr().err
+    for arguments in ([], ["bake"]):
+        monkeypatch.setattr("sys.argv", ["greencode", *arguments])
+        assert commands() == 2
+        assert "calibrate" in capsys.readouterr().err
