@@ -40,7 +40,9 @@ class Blocks(Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def _exit_readers(model, ids: torch.Tensor, points: Sequence[int]) -> list[Callable[[], torch.Tensor]]:
+def _exit_readers(
+    model, ids: torch.Tensor, points: Sequence[int], positions: torch.Tensor | None = None
+) -> list[Callable[[], torch.Tensor]]:
     """For each exit, a function that gives its logits [B, P - 1, V]; nothing is kept unless called.
 
     Each exit's hidden state goes through the final norm (and OPT's projection) and the one LM head; the
@@ -48,7 +50,11 @@ def _exit_readers(model, ids: torch.Tensor, points: Sequence[int]) -> list[Calla
     """
     family = adapt(getattr(model, "module", model))
     states = model(
-        input_ids=ids, output_hidden_states=list(points), logits_to_keep=1, use_cache=False
+        input_ids=ids,
+        position_ids=positions,
+        output_hidden_states=list(points),
+        logits_to_keep=1,
+        use_cache=False,
     ).hidden_states
 
     def reader(depth: int) -> Callable[[], torch.Tensor]:
@@ -63,7 +69,13 @@ def _exit_readers(model, ids: torch.Tensor, points: Sequence[int]) -> list[Calla
     return [reader(depth) for depth in points]
 
 
-def exit_losses(model, ids: torch.Tensor, points: Sequence[int], recompute: bool = False) -> torch.Tensor:
+def exit_losses(
+    model,
+    ids: torch.Tensor,
+    points: Sequence[int],
+    recompute: bool = False,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Mean next-token cross-entropy [len(points)] of each exit on ids [B, P], in nats.
 
     `recompute` frees each exit's logits after the forward pass and computes them again in the backward
@@ -74,7 +86,7 @@ def exit_losses(model, ids: torch.Tensor, points: Sequence[int], recompute: bool
     def loss_of(read: Callable[[], torch.Tensor]) -> torch.Tensor:
         return functional.cross_entropy(read().flatten(0, 1), target)
 
-    readers = _exit_readers(model, ids, points)
+    readers = _exit_readers(model, ids, points, positions)
     return torch.stack(
         [checkpoint(loss_of, read, use_reentrant=False) if recompute else loss_of(read) for read in readers]
     )

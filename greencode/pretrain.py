@@ -2,8 +2,9 @@
 
 The bundled models under resources/models come from an earlier state of it (docs/base-models.md); today's:
 `snakemake --cores all pretrain --configfile config/pretrain.yaml`. Plain next-token loss: exits are taught
-later, by `greencode.finetune`. Training goes through stages of growing depth and sequence length under one
-learning-rate schedule; what each choice is worth stands in docs/base-models.md.
+later, by `greencode.finetune`, unless a stage asks for them. Training goes through stages of growing depth
+and sequence length under one learning-rate schedule; what each choice is worth stands in
+docs/base-models.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from greencode import models
 from greencode.corpus import Record, read_corpus
 from greencode.energy import Meter
 from greencode.errors import UserError
+from greencode.exits import exit_points
 from greencode.files import read_json, write_json
 from greencode.results import device_name
 from greencode.tokenise import encode, load_tokenizer, pack, text_of, train_tokenizer
@@ -226,7 +228,8 @@ def _keep_memory() -> None:
 
 def stages_of(shape: dict[str, Any], training: dict[str, Any], blocks: int) -> list[dict[str, int]]:
     """The stages of a training, each with layers, sequence, steps, and `first` and `blocks` (of `context`
-    tokens each): which of the run's blocks it sees; a run of several epochs numbers them on.
+    tokens each): which of the run's blocks it sees; a run of several epochs numbers them on. `exits` and
+    `learning_rate` are passed on where they are given.
 
     Raises:
         UserError: depths that cannot be grown, or sequences that do not divide context and step.
@@ -250,6 +253,7 @@ def stages_of(shape: dict[str, Any], training: dict[str, Any], blocks: int) -> l
         steps = math.ceil(count * context / step)
         stages.append(
             {"layers": layers, "sequence": sequence, "steps": steps, "first": first, "blocks": count}
+            | {key: part[key] for key in ("exits", "learning_rate") if part.get(key)}
         )
         before = layers
     if before != shape["layers"]:
@@ -266,10 +270,14 @@ def _train_stage(model, stage, training, offset, total, data, checkpoints, devic
     import torch
     from transformers import Trainer, TrainingArguments
 
-    from greencode.finetune import Blocks, last_checkpoint
+    from greencode.finetune import Blocks, exit_losses, last_checkpoint
+
+    exits = exit_points(stage["layers"]) if stage.get("exits") else None
 
     def loss_of(ids, positions):
-        return model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss
+        if exits is None:
+            return model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss
+        return exit_losses(model, ids, exits, positions=positions).mean()
 
     compute = torch.compile(loss_of) if training["compile"] else loss_of
     room = training["context"] - stage["sequence"] + 1
@@ -285,11 +293,15 @@ def _train_stage(model, stage, training, offset, total, data, checkpoints, devic
                 return compute(ids, positions)
 
     def factor(step: int) -> float:
-        """Of the peak: each stage warms its new optimiser up; linear decay to zero over the whole cost."""
-        warm = (step + 1) / (training["warmup_steps"] + 1)
-        return min(warm, 1) * max(1 - (offset + step * stage["layers"]) / total, 0)
+        """Of the peak: each stage warms its new optimiser up; linear decay to zero over the whole cost, or
+        over the stage if it has a peak of its own."""
+        warm = min((step + 1) / (training["warmup_steps"] + 1), 1)
+        if "learning_rate" in stage:
+            return warm * max(1 - step / stage["steps"], 0)
+        return warm * max(1 - (offset + step * stage["layers"]) / total, 0)
 
-    optimiser = optimiser_of(model, training["learning_rate"], training["weight_decay"])
+    peak = stage.get("learning_rate", training["learning_rate"])
+    optimiser = optimiser_of(model, peak, training["weight_decay"])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -365,7 +377,8 @@ def train_model(
                 resumed = True
             else:
                 # Without a mask given, sdpa and eager are the same function; on the CPU eager is faster.
-                model.set_attn_implementation("eager" if device == "cpu" else "sdpa")
+                eager = device == "cpu" and not stage.get("exits")
+                model.set_attn_implementation("eager" if eager else "sdpa")
                 log, done, took = _train_stage(model, stage, training, offset, total, data, folder, device)
                 model = model.cpu()
                 seconds += took

@@ -120,7 +120,7 @@ def model_card(directory: str | Path, name: str, corpus: str) -> str:
     context = training["training"]["context"]
     stages = "; ".join(
         f"{stage['layers']} layers on {stage['blocks'] * context / 1e6:.1f} M tokens in sequences of "
-        f"{stage['sequence']}"
+        f"{stage['sequence']}{', every exit' if stage.get('exits') else ''}"
         for stage in training["stages"]
     )
     ahead = quality["model"]["overall"]["accuracy"] - quality["ngrams"]["overall"]["accuracy"]

@@ -16,6 +16,7 @@ from greencode import models
 from greencode.corpus import read_corpus
 from greencode.errors import UserError
 from greencode.files import read_json, write_json, write_text
+from greencode.finetune import exit_losses
 from greencode.ngram import KneserNey
 from greencode.pretrain import (
     build_blocks,
@@ -332,6 +333,26 @@ def test_a_log_interval_longer_than_the_run_still_gives_a_loss(blocks, tokenizer
     record = read_json(tmp_path / "out" / "training.json")
     assert [entry["step"] for entry in record["loss_curve"]] == [1, 3]  # one a stage
     assert record["energy_note"]
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_stage_may_train_every_exit(family, blocks, tokenizer, tmp_path):
+    """The same stage with and without: only with it does the first exit learn to answer."""
+    shape, losses = SHAPES[family] | {"layers": 8}, {}
+    ids = torch.from_numpy(np.load(blocks)[:8].astype(np.int64))
+    for name, stage in {"last": {}, "every": {"exits": True}}.items():
+        stages = [{"share": 1}, {"share": 1, "learning_rate": 3e-2} | stage]
+        settings = TRAINING | {"stages": stages, "epochs": 20.0}
+        train_model(shape, settings, blocks, tokenizer, tmp_path / name, tmp_path / f"{name}-out", 1)
+        with torch.no_grad():
+            losses[name] = exit_losses(models.load(tmp_path / f"{name}-out"), ids, (4, 8)).tolist()
+        record = read_json(tmp_path / f"{name}-out" / "training.json")
+        assert record["stages"][1].get("exits", False) is (name == "every")
+        # Its own peak, which ends near zero.
+        rates = [entry["learning_rate"] for entry in record["loss_curve"]][record["stages"][0]["steps"] :]
+        assert max(rates) > 2e-2
+        assert rates[-1] < rates[1] / 3
+    assert losses["every"][0] < losses["last"][0] - 0.2
 
 
 @pytest.mark.parametrize(
