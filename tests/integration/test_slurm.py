@@ -148,8 +148,8 @@ def clustered(cluster):
     profile = yaml.safe_load(path.read_text())
     profile["default-resources"]["slurm_partition"] = "tests"
     del profile["default-resources"]["slurm_account"]
-    profile |= {"slurm-no-account": True, "slurm-status-command": "squeue", "latency-wait": 5}
-    profile["slurm-init-seconds-before-status-checks"] = 1  # 40 on a real cluster
+    profile |= {"slurm-status-command": "squeue", "latency-wait": 5}
+    profile["slurm-init-seconds-before-status-checks"] = 1
     path.write_text(yaml.safe_dump(profile))
     return study
 
