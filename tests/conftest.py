@@ -54,8 +54,9 @@ class Study:
         (self.folder / "config/config.yaml").write_text(text)
 
     def snakemake(self, *arguments, cores=2):
-        """Run snakemake to its end: its stdout, stderr and returncode."""
-        print(json.dumps([str(self.folder), [f"-c{cores}", *arguments]]), file=self.server.stdin, flush=True)
+        """Run snakemake to its end: its stdout, stderr and returncode. Without cores a cluster decides."""
+        arguments = [*([f"-c{cores}"] if cores else []), *arguments]
+        print(json.dumps([str(self.folder), arguments]), file=self.server.stdin, flush=True)
         returncode = int(self.server.stdout.readline())
         outputs = {name: (self.folder / f"{name}.txt").read_text() for name in ("stdout", "stderr")}
         return SimpleNamespace(returncode=returncode, **outputs)
@@ -89,12 +90,24 @@ def stub_model(folder, family="llama", layers=8):
 
 
 @pytest.fixture(scope="session")
-def new_study(tmp_path_factory):
+def studies(tmp_path_factory):
+    """Makes makers of studies; a command given to it starts the process that runs them."""
+
+    @contextlib.contextmanager
+    def within(*command):
+        command = [*command, sys.executable, "-c", SERVER]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+            yield lambda name: Study(tmp_path_factory.mktemp(name), server)
+            server.stdin.close()
+
+    return within
+
+
+@pytest.fixture(scope="session")
+def new_study(studies):
     """Makes studies whose config is still the default study's."""
-    command = [sys.executable, "-c", SERVER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        yield lambda name: Study(tmp_path_factory.mktemp(name), server)
-        server.stdin.close()
+    with studies() as new:
+        yield new
 
 
 @pytest.fixture(scope="session")

@@ -132,6 +132,17 @@ def test_scripts_have_the_names_of_their_rules(name):
     assert (ROOT / f"workflow/scripts/{script}.py").is_file()
 
 
+def test_measured_rules_run_alone_here_and_on_a_cluster():
+    measured = {name for name, body in RULES.items() if "meter=1" in body}
+    assert measured
+    for said in ("    threads: measured_threads\n", '    group:\n        "measure_{model}_{dataset}"\n'):
+        assert {name for name, body in RULES.items() if said in body} == measured
+    assert not any("workflow.cores" in body for body in RULES.values()), "a cluster has no number of cores"
+    profile = yaml.safe_load((ROOT / "profiles/slurm/profile.yaml").read_text())
+    own = {name for name, resources in profile["set-resources"].items() if "exclusive" in str(resources)}
+    assert own == measured
+
+
 def test_no_script_is_left_over():
     assert {path.stem for path in (ROOT / "workflow/scripts").glob("*.py")} == {of_rule(n)[1] for n in RULES}
 

@@ -41,10 +41,12 @@ def alive():
     with contextlib.suppress(OSError):
         Path(".snakemake").mkdir(exist_ok=True)
         handle = open(".snakemake/alive", "a")
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for leftover in Path(".snakemake/locks").glob("*.lock"):
-                leftover.unlink()
+        # Only a run looks for leftovers: a job on another node may be unable to see the run's own hold.
+        if workflow.is_main_process:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for leftover in Path(".snakemake/locks").glob("*.lock"):
+                    leftover.unlink()
         fcntl.flock(handle, fcntl.LOCK_SH)
     return handle
 
@@ -166,6 +168,20 @@ def frontier_block(wildcards):
 
 def overhead_block(wildcards):
     return generate_block(wildcards) | {"overhead": STUDY["overhead"]}
+
+
+def measured_threads(wildcards):
+    """CPUs of a measured job: all that a run on this machine was given, so that nothing runs beside it; on a
+    cluster, where the profile keeps others away, as many as it uses.
+    """
+    given = None if workflow.remote_exec else workflow.resource_settings.cores
+    return given or STUDY["generate"]["threads"]
+
+
+def memory(wildcards):
+    """MB for a process with the model loaded: the libraries, the weights as float32 and while being read."""
+    weights = Path(f"results/models/{wildcards.model}/base").glob("*.safetensors")
+    return 4000 + 3 * sum(path.stat().st_size for path in weights) // 10**6
 
 
 def gpus(wildcards):

@@ -7,11 +7,13 @@ rule evaluate_method:
         "logs/evaluate_method/{model}/{dataset}/{method}.log",
     benchmark:
         "benchmarks/evaluate_method/{model}/{dataset}/{method}.tsv"
+    group:
+        "score_{model}_{dataset}"
     conda:
         "../../envs/metrics.yaml"
     resources:
         mem_mb=1000,
-        runtime=60,
+        runtime=20,
     params:
         evaluate={"seed": STUDY["seed"], **STUDY["evaluate"]},
         code=code("evaluate_method"),

@@ -72,12 +72,12 @@ rule generate_frontier:
     conda:
         "../../envs/torch.yaml"
     # Measured work runs alone: it holds the one meter and every core.
-    threads: workflow.cores
+    threads: measured_threads
     resources:
         meter=1,
         gpu=gpus,
-        mem_mb=4000,
-        runtime=600,
+        mem_mb=memory,
+        runtime=240,
     params:
         rules=RULES,
         generate=frontier_block,
@@ -129,6 +129,8 @@ rule figure_frontier:
         csv="results/figures/frontier_{model}_{dataset}.csv",
     log:
         "logs/figure_frontier/{model}_{dataset}.log",
+    group:
+        "report"
     conda:
         "../../envs/plot.yaml"
     params:
@@ -156,6 +158,8 @@ rule figure_calibration:
         csv="results/figures/fig12_calibration.csv",
     log:
         "logs/figure_calibration/draw.log",
+    group:
+        "report"
     conda:
         "../../envs/plot.yaml"
     params:
@@ -208,6 +212,8 @@ rule write_frontier:
         ),
     log:
         "logs/write_frontier.log",
+    group:
+        "report"
     conda:
         "../../envs/plot.yaml"
     params:

@@ -1,4 +1,5 @@
-# Measured work runs alone: these rules hold the one meter and every core.
+# Measured work runs alone: these rules hold the one meter and every core. On a cluster all of a pair are one
+# job on one node, so that what is compared was measured on the same machine.
 
 
 rule generate_base:
@@ -11,14 +12,16 @@ rule generate_base:
         "logs/generate_base/{model}/{dataset}.log",
     benchmark:
         "benchmarks/generate_base/{model}/{dataset}.tsv"
+    group:
+        "measure_{model}_{dataset}"
     conda:
         "../../envs/torch.yaml"
-    threads: workflow.cores
+    threads: measured_threads
     resources:
         meter=1,
         gpu=gpus,
-        mem_mb=4000,
-        runtime=240,
+        mem_mb=memory,
+        runtime=60,
     params:
         generate=generate_block,
         code=code("generate_method"),
@@ -38,14 +41,16 @@ rule generate_full:
         "logs/generate_full/{model}/{dataset}.log",
     benchmark:
         "benchmarks/generate_full/{model}/{dataset}.tsv"
+    group:
+        "measure_{model}_{dataset}"
     conda:
         "../../envs/torch.yaml"
-    threads: workflow.cores
+    threads: measured_threads
     resources:
         meter=1,
         gpu=gpus,
-        mem_mb=4000,
-        runtime=240,
+        mem_mb=memory,
+        runtime=60,
     params:
         generate=generate_block,
         code=code("generate_method"),
@@ -65,14 +70,16 @@ rule generate_fixed:
         "logs/generate_fixed/{model}/{dataset}/{depth}.log",
     benchmark:
         "benchmarks/generate_fixed/{model}/{dataset}/{depth}.tsv"
+    group:
+        "measure_{model}_{dataset}"
     conda:
         "../../envs/torch.yaml"
-    threads: workflow.cores
+    threads: measured_threads
     resources:
         meter=1,
         gpu=gpus,
-        mem_mb=4000,
-        runtime=240,
+        mem_mb=memory,
+        runtime=60,
     params:
         depth="{depth}",
         generate=generate_block,
@@ -94,14 +101,16 @@ rule generate_agent:
         "logs/generate_agent/{model}/{dataset}/{agent}-T{threshold}.log",
     benchmark:
         "benchmarks/generate_agent/{model}/{dataset}/{agent}-T{threshold}.tsv"
+    group:
+        "measure_{model}_{dataset}"
     conda:
         "../../envs/torch.yaml"
-    threads: workflow.cores
+    threads: measured_threads
     resources:
         meter=1,
         gpu=gpus,
-        mem_mb=4000,
-        runtime=240,
+        mem_mb=memory,
+        runtime=60,
     params:
         threshold="{threshold}",
         generate=generate_block,
@@ -123,14 +132,16 @@ rule measure_overhead:
         "logs/measure_overhead/{model}/{dataset}/{agent}.log",
     benchmark:
         "benchmarks/measure_overhead/{model}/{dataset}/{agent}.tsv"
+    group:
+        "measure_{model}_{dataset}"
     conda:
         "../../envs/torch.yaml"
-    threads: workflow.cores
+    threads: measured_threads
     resources:
         meter=1,
         gpu=gpus,
-        mem_mb=4000,
-        runtime=240,
+        mem_mb=memory,
+        runtime=60,
     params:
         generate=overhead_block,
         code=code("measure_overhead"),

@@ -18,6 +18,8 @@ rule figure_fixed_exit:
         csv="results/figures/fig01_fixed_exit.csv",
     log:
         "logs/figure_fixed_exit/draw.log",
+    group:
+        "report"
     conda:
         "../../envs/plot.yaml"
     params:
@@ -43,6 +45,8 @@ rule figure_exit_weights:
         csv="results/figures/fig03_exit_weights.csv",
     log:
         "logs/figure_exit_weights/draw.log",
+    group:
+        "report"
     conda:
         "../../envs/plot.yaml"
     params:
@@ -71,6 +75,8 @@ rule figure_loss_curves:
         csv="results/figures/fig04_loss_curves.csv",
     log:
         "logs/figure_loss_curves/draw.log",
+    group:
+        "report"
     conda:
         "../../envs/plot.yaml"
     params:
@@ -99,6 +105,8 @@ rule figure_agent_reward:
         csv="results/figures/fig06_agent_reward.csv",
     log:
         "logs/figure_agent_reward/draw.log",
+    group:
+        "report"
     conda:
         "../../envs/plot.yaml"
     params:
@@ -126,6 +134,8 @@ rule figure_optimal_exits:
         csv="results/figures/fig07_optimal_exits.csv",
     log:
         "logs/figure_optimal_exits/draw.log",
+    group:
+        "report"
     conda:
         "../../envs/plot.yaml"
     params:
@@ -155,6 +165,8 @@ rule figure_pair:
         "logs/figure_pair/{number}_{model}_{dataset}.log",
     wildcard_constraints:
         number=r"fig\d+",
+    group:
+        "report"
     conda:
         "../../envs/plot.yaml"
     params:
@@ -183,6 +195,8 @@ rule figure_published_vs_measured:
         csv="results/figures/published_vs_measured.csv",
     log:
         "logs/figure_published_vs_measured/draw.log",
+    group:
+        "report"
     conda:
         "../../envs/plot.yaml"
     params:
@@ -249,6 +263,8 @@ rule write_tables:
         markdown="results/tables/summary.md",
     log:
         "logs/write_tables.log",
+    group:
+        "report"
     conda:
         "../../envs/plot.yaml"
     params:

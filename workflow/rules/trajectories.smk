@@ -17,7 +17,7 @@ rule record_trajectories:
     threads: STUDY["threads"]
     resources:
         gpu=gpus,
-        mem_mb=4000,
+        mem_mb=memory,
         runtime=240,
     params:
         trajectories=trajectories_block,

@@ -1,0 +1,243 @@
+"""The small study through sbatch, on a Slurm of one node that begins and ends with these tests."""
+
+import itertools
+import os
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import yaml
+from small_study import CONFIG, prepare
+
+from greencode.results import Evaluation
+
+pytestmark = pytest.mark.slurm
+METHODS = ("base", "full", "fixed-4", "agent-T0.5")
+RUN = ("--workflow-profile", "profiles/slurm", "figures")
+WEIGHTS = "models/tiny/code/model.safetensors"
+
+SLURM = """
+ClusterName=tests
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+JobCompType=jobcomp/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+# squeue is asked for jobs that have ended.
+MinJobAge=3600
+KillWait=5
+ReturnToService=2
+SlurmdParameters=config_overrides
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=16000
+PartitionName=tests Nodes=ALL Default=YES
+"""
+
+# Runs in namespaces of its own for processes and mounts: the configuration lies at its default place, where
+# the plugin's job steps look for it, and yet the machine's /etc/slurm stays as it is; and when the command
+# given to it ends, the kernel ends the daemons and every job.
+INSIDE = """
+cd "$0"
+mount --bind . /etc/slurm
+munged --force --key-file="$0/munge.key" --socket="$0/munge.socket" --pid-file="$0/munged.pid" \
+    --log-file="$0/munged.log" --seed-file="$0/munged.seed"
+slurmctld
+slurmd
+"$@"
+"""
+NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--mount-proc")
+
+
+def missing():
+    """Why there can be no Slurm here, or None."""
+    if os.geteuid() != 0:
+        return "only root can start Slurm's daemons"
+    programs = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
+    if absent := [name for name in programs if not shutil.which(name)]:
+        return f"not installed: {', '.join(absent)} (Debian: slurm-wlm, munge)"
+    if not Path("/etc/slurm").is_dir():
+        return "this Slurm does not read its configuration from /etc/slurm"
+    if subprocess.run([*NAMESPACES, "true"], capture_output=True).returncode != 0:
+        return "namespaces are not permitted here"
+    return None
+
+
+def free_ports(number):
+    """TCP ports that nothing listens to."""
+    listening = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [one.getsockname()[1] for one in listening]
+    for one in listening:
+        one.close()
+    return ports
+
+
+class Cluster:
+    """Slurm's commands, and studies that run on it."""
+
+    def __init__(self, folder, new_study):
+        self.folder, self.new_study = folder, new_study
+
+    def run(self, *command):
+        """What a command of Slurm prints."""
+        environment = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def jobs(self):
+        """Every job so far, the oldest first, as scontrol shows it."""
+        lines = self.run("scontrol", "--oneliner", "show", "jobs").splitlines()
+        jobs = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines if line.startswith("JobId=")]
+        return sorted(jobs, key=lambda job: int(job["JobId"]))
+
+
+@pytest.fixture(scope="module")
+def cluster(studies, tmp_path_factory):
+    """A Slurm of one node, ended with all its processes whatever happens."""
+    if reason := missing():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("slurm")
+    folder.chmod(0o755)
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o400)
+    host = socket.gethostname().partition(".")[0]
+    (folder / "slurm.conf").write_text(SLURM.format(host=host, folder=folder, ports=free_ports(2)))
+    with studies(*NAMESPACES, "sh", "-ec", INSIDE, str(folder)) as new_study:
+        cluster, end = Cluster(folder, new_study), time.monotonic() + 30
+        while True:
+            try:
+                if cluster.run("sinfo", "--noheader", "--format=%T").strip() == "idle":
+                    break
+            except AssertionError:
+                pass
+            logs = "\n".join(path.read_text() for path in folder.glob("*.log"))
+            assert time.monotonic() < end, f"Slurm did not start:\n{logs[-4000:]}"
+            time.sleep(0.1)
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def clustered(cluster):
+    """The small study with the profile as a user of this cluster would edit it."""
+    study = prepare(cluster.new_study("clustered"))
+    path = study.folder / "profiles/slurm/profile.yaml"
+    profile = yaml.safe_load(path.read_text())
+    profile["default-resources"]["slurm_partition"] = "tests"
+    del profile["default-resources"]["slurm_account"]
+    profile |= {"slurm-status-command": "squeue", "latency-wait": 5}
+    profile["slurm-init-seconds-before-status-checks"] = 1
+    path.write_text(yaml.safe_dump(profile))
+    return study
+
+
+@pytest.fixture(scope="module")
+def failed(clustered):
+    """A run whose fine-tuning cannot be done."""
+    clustered.configure(CONFIG | {"finetune": CONFIG["finetune"] | {"sequence_length": 1_000_000}})
+    return clustered.snakemake(*RUN, cores=None)
+
+
+@pytest.fixture(scope="module")
+def cancelled(cluster, clustered, failed):
+    """A run whose fine-tuning was ended by scancel after its first checkpoint."""
+    clustered.configure(CONFIG)
+    runs = []
+    run = threading.Thread(target=lambda: runs.append(clustered.snakemake(*RUN, cores=None)))
+    run.start()
+    while not any(clustered.folder.glob("results/models/tiny/code/checkpoints/*/checkpoint-*/*.json")):
+        assert run.is_alive(), runs[0].stderr
+        time.sleep(0.01)
+    cluster.run("scancel", "--user=root", "--state=running")
+    run.join()
+    return runs[0]
+
+
+@pytest.fixture(scope="module")
+def finished(cancelled, clustered):
+    """The same command once more."""
+    assert not (clustered.folder / "results" / WEIGHTS).exists()
+    done = clustered.snakemake(*RUN, cores=None)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done
+
+
+def test_a_failing_rule_is_reported_with_its_log_and_one_sentence(failed):
+    assert failed.returncode != 0
+    assert re.search(
+        r"^ *Only \d+ training tokens, fewer than one sequence of 1000000: ", failed.stderr, re.M
+    )
+    assert "logs/finetune_model/tiny/code.log" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_a_cancelled_job_ends_the_run(cancelled):
+    assert cancelled.returncode != 0
+    assert "CANCELLED" in cancelled.stderr
+
+
+def test_the_same_command_resumes_to_every_figure(finished, clustered, study):
+    figures, local = (
+        sorted(path.name for path in (one.folder / "results/figures").iterdir()) for one in (clustered, study)
+    )
+    assert figures == local
+    assert "Nothing to be done" in clustered.snakemake(*RUN, cores=None).stderr
+
+
+def test_the_results_are_those_of_a_run_without_a_cluster(finished, clustered, study):
+    for name in (WEIGHTS, "agents/tiny/code/agent/policy.safetensors"):
+        assert (clustered.folder / "results" / name).read_bytes() == (
+            study.folder / "results" / name
+        ).read_bytes()
+    for method in METHODS:
+        name = f"results/evaluation/tiny/code/{method}.json"
+        there, here = (Evaluation.read(one.folder / name) for one in (clustered, study))
+        assert (there.quality, there.depth_counts) == (here.quality, here.depth_counts)
+
+
+def test_measurements_are_one_job_alone_on_its_node_one_after_another(finished, cluster, clustered):
+    jobs = [job for job in cluster.jobs() if job["Comment"].startswith("group_measure_tiny_code")]
+    assert len(jobs) == 1
+    (job,) = jobs
+    assert (job["OverSubscribe"], job["NumCPUs"], job["CPUs/Task"]) == ("NO", "2", "1")
+    assert (job["TimeLimit"], job["MinMemoryNode"]) == ("05:00:00", "4000M")  # five methods of an hour
+    results = clustered.folder / "results"
+    files = [*results.glob("generations/*/*/*.jsonl"), *results.glob("overhead/*/*/*.json")]
+    spans = sorted((started(path), path.stat().st_mtime) for path in files)
+    assert len(spans) == 5
+    for (_, end), (start, _) in itertools.pairwise(spans):
+        assert end <= start
+
+
+def started(path):
+    """When a measurement began, by its provenance."""
+    return datetime.fromisoformat(re.search(r'"started": "([^"]+)"', path.read_text())[1]).timestamp()
+
+
+def test_a_run_is_few_jobs(finished, cluster):
+    """Two fine-tunings did not succeed; the rest went through as one job per stage."""
+    states = [(job["JobState"], job["Comment"]) for job in cluster.jobs()]
+    assert [state for state, _ in states] == ["FAILED", "CANCELLED"] + ["COMPLETED"] * 6, states
