@@ -20,44 +20,12 @@ from greencode.episodes import Episodes
 from greencode.errors import UserError
 from greencode.evaluate import cost
 from greencode.results import Generation, Interval
-from greencode.rules import Rule, curve, replay
+from greencode.rules import Rule, replay
 
 QUALITY = ("agreement", "token_accuracy", "rougeL", "codebleu")
 """The frontier's qualities: `agreement` is the share of positions with the full model's token."""
 
 COSTS = ("layers", "seconds", "joules")
-
-
-def point_name(rule: str, share: float) -> str:
-    """Name of a rule's operating point at a share of the layers: `confidence-D0.5`."""
-    return f"{rule}-D{share:g}"
-
-
-def operating_points(
-    rules: Sequence[Rule], validation: Episodes, shares: Sequence[float]
-) -> list[dict[str, Any]]:
-    """Thresholds at which rules run `share` of the layers on validation episodes, as table rows.
-
-    A rule that cannot run that deep or shallow gets its nearest threshold; `depth` says what it runs.
-    """
-    layers = validation.exit_points[-1]
-    rows = []
-    for rule in rules:
-        found = curve(validation, rule.scores(validation))
-        for share in shares:
-            threshold = found.at_depth(share * layers)
-            place = int(np.flatnonzero(found.thresholds == threshold)[0])
-            rows.append(
-                {
-                    "method": point_name(rule.name, share),
-                    "rule": rule.name,
-                    "share": share,
-                    "threshold": threshold,
-                    "depth": float(found.depth[place]),
-                    "agreement": float(found.agreement[place]),
-                }
-            )
-    return rows
 
 
 def teacher_forced(

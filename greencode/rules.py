@@ -7,10 +7,10 @@ its scores of recorded episodes, its policy, its name in `KINDS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -146,6 +146,38 @@ def curve(episodes: Episodes, scores: np.ndarray, points: int = 200) -> Curve:
         np.array([depths.mean() for depths, _ in outcomes]),
         np.array([agreement.mean() for _, agreement in outcomes]),
     )
+
+
+def point_name(rule: str, share: float) -> str:
+    """Name of a rule's operating point at a share of the layers: `confidence-D0.5`."""
+    return f"{rule}-D{share:g}"
+
+
+def operating_points(
+    rules: Sequence[Rule], validation: Episodes, shares: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Thresholds at which rules run `share` of the layers on validation episodes, as table rows.
+
+    A rule that cannot run that deep or shallow gets its nearest threshold; `depth` says what it runs.
+    """
+    layers = validation.exit_points[-1]
+    rows = []
+    for rule in rules:
+        found = curve(validation, rule.scores(validation))
+        for share in shares:
+            threshold = found.at_depth(share * layers)
+            place = int(np.flatnonzero(found.thresholds == threshold)[0])
+            rows.append(
+                {
+                    "method": point_name(rule.name, share),
+                    "rule": rule.name,
+                    "share": share,
+                    "threshold": threshold,
+                    "depth": float(found.depth[place]),
+                    "agreement": float(found.agreement[place]),
+                }
+            )
+    return rows
 
 
 def load_rules(

@@ -11,14 +11,13 @@ from greencode.frontier import (
     holm,
     hypervolume,
     measure,
-    operating_points,
     saving_at,
     sign_flip_p,
     summaries,
     teacher_forced,
 )
 from greencode.results import Completion, Generation, Provenance, read_generations, write_generations
-from greencode.rules import Rule
+from greencode.rules import Rule, operating_points
 
 
 def generation(method, tokens, depths, seconds):

@@ -164,7 +164,7 @@ def test_a_trained_rule_beats_chance_by_far(hidden, price):
     oracle = np.array(POINTS)[held_back.optimal_exits()].mean()
     at = [float(np.interp(oracle, c.depth[::-1], c.agreement[::-1])) for c in (ours, chance)]
     assert at[0] > 0.8
-    assert at[0] > at[1] + 0.2
+    assert at[0] > at[1] + 0.15
 
 
 def test_the_price_of_layers_decides_where_gains_change_sign():

@@ -69,6 +69,8 @@ rule generate_frontier:
         "logs/generate_frontier/{model}/{dataset}.log",
     benchmark:
         "benchmarks/generate_frontier/{model}/{dataset}.tsv"
+    group:
+        "measure_{model}_{dataset}"
     conda:
         "../../envs/torch.yaml"
     # Measured work runs alone: it holds the one meter and every core.
@@ -100,8 +102,10 @@ rule evaluate_frontier:
         "logs/evaluate_frontier/{model}/{dataset}.log",
     benchmark:
         "benchmarks/evaluate_frontier/{model}/{dataset}.tsv"
+    group:
+        "score_{model}_{dataset}"
     conda:
-        "../../envs/metrics.yaml"
+        "../../envs/frontier.yaml"
     resources:
         mem_mb=2000,
         runtime=60,

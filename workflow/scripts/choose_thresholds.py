@@ -6,9 +6,8 @@ from greencode import job
 from greencode.calibrate import calibrate
 from greencode.episodes import Episodes
 from greencode.files import write_json
-from greencode.frontier import operating_points
 from greencode.results import Provenance
-from greencode.rules import load_rules
+from greencode.rules import load_rules, operating_points
 
 
 def main(smk):
