@@ -102,10 +102,12 @@ def _is_intact(blob: Path) -> bool:
 
 def conversion(name: str) -> str | None:
     """`refs/pr/N` of a model's open pull request that adds safetensors; None if none is found."""
-    from huggingface_hub import get_repo_discussions
+    from huggingface_hub import HfApi
 
     try:
-        for request in get_repo_discussions(name, discussion_type="pull_request", discussion_status="open"):
+        for request in HfApi().get_repo_discussions(
+            name, discussion_type="pull_request", discussion_status="open"
+        ):
             if "safetensors" in request.title.lower():
                 return f"refs/pr/{request.num}"
     except Exception:  # a hint less; whoever asks has an error to report anyway

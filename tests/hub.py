@@ -176,12 +176,10 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body[: len(body) // 2] if cut else body)
-        if cut:
-            self.wfile.flush()
-            self.close_connection = True
 
 
 @contextmanager
@@ -195,3 +193,19 @@ def stand_in():
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def libraries_at(url, cache, monkeypatch):
+    """Lead the hub's libraries, which read HF_ENDPOINT and HF_HOME when they are imported, to a stand-in."""
+    from huggingface_hub import constants
+
+    with monkeypatch.context() as patch:
+        patch.delenv("HF_TOKEN", raising=False)
+        patch.setattr(constants, "ENDPOINT", url)
+        patch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+        yield
