@@ -95,6 +95,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self._answer()
 
+    # As a proxy, it is asked for what lies elsewhere, and notes that too.
+    do_CONNECT = do_POST = do_GET
+
     def _answer(self):
         path = urlsplit(self.path).path
         if api := re.fullmatch(
