@@ -1,6 +1,7 @@
 """The studies of hub models, on a stand-in for the hub: models of the same shapes, a few hundred kB each."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,12 @@ def test_a_hub_study_runs_to_its_figures(new_study, hub, name):
     assert {f"{model}_java" for model in models} <= {stem.partition("_")[2] for stem in figures}
     done = run(study, name, hub, "figures")
     assert "Nothing to be done" in done.stderr
+
+    # The other KV protocol needs no new training: docs/hub.md.
+    small = yaml.safe_load((study.folder / "small.yaml").read_text())
+    small["generate"]["kv"] = "none"
+    (study.folder / "small.yaml").write_text(yaml.safe_dump(small))
+    done = run(study, name, hub, "figures", "--dry-run", "--quiet", "rules")
+    rules = set(re.findall(r"^(\w+) +\d+$", done.stdout, re.MULTILINE))
+    assert {"generate_base", "generate_agent", "evaluate_method", "measure_overhead"} <= rules
+    assert not rules & {"fetch_base_model", "prepare_corpus", "finetune_model", "train_agent"}
