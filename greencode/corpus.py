@@ -1,14 +1,16 @@
 """From a source named in the config to checked records, split, written, and read again.
 
 A source is a tree of source files (`tree`: a folder, an archive, `python-stdlib` or `jdk`), files of
-CodeXGLUE tokens (`jsonl`), or a dataset in the layout of `google/code_x_glue_cc_code_completion_token`
-(`hub`). Every file becomes a `Record` whose code runs from `<s>` to `</s>`.
+CodeXGLUE tokens (`jsonl`), a dataset in the layout of `google/code_x_glue_cc_code_completion_token`
+(`hub`), or the files that this was made from (`codexglue`). Every file becomes a `Record` whose code runs
+from `<s>` to `</s>`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
+import io
 import itertools
 import json
 import lzma
@@ -23,6 +25,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections import Counter
@@ -33,6 +36,7 @@ from typing import Any, NamedTuple, Protocol
 
 from greencode.errors import UserError
 from greencode.files import atomic, open_text, sha256, write_json
+from greencode.hub import snapshot
 from greencode.lexing import (
     END,
     EOL,
@@ -548,10 +552,14 @@ class TokenFiles(_Rows):
         if not path.name.endswith(_ROW_SUFFIXES):
             raise UserError(f"{path} is neither .jsonl nor .txt (plain, .gz or .xz); rename or convert it.")
         is_text = path.name.endswith(_TEXT_SUFFIXES)
+        seen = set()
         for number, line in _lines(path):
             where = f"{path.name}, row {number}"
             record = Record(number - 1, "", line.split()) if is_text else _parse(line, number, where)
             check_record(record, language, where, variant)
+            if record.id in seen:
+                raise UserError(f"{where}: id {record.id} stands in an earlier row too.")
+            seen.add(record.id)
             yield record
 
     def describe(self) -> dict[str, Any]:
@@ -580,17 +588,50 @@ class Hub(_Rows):
         for split in ("train", "test"):
             if split not in parts:
                 raise UserError(f"{self.name} ({config}) has no {split} split; name a dataset that has one.")
+        if self.name == CODEXGLUE:
+            _check_counts({split: len(rows) for split, rows in parts.items()}, language, self.name)
+        first = dict.fromkeys(SPLITS, 0)
         if "validation" not in parts:
             rows = len(parts["train"])
-            start = _validation_start(rows)
-            parts["validation"] = parts["train"].select(range(start, rows))
-            parts["train"] = parts["train"].select(range(start))
+            first["validation"] = _validation_start(rows)
+            parts["validation"] = parts["train"].select(range(first["validation"], rows))
+            parts["train"] = parts["train"].select(range(first["validation"]))
         for split in reversed(SPLITS):
-            for number, row in enumerate(parts[split], 1):
+            for number, row in enumerate(parts[split], first[split] + 1):
                 where = f"{self.name} ({config}), {split}, row {number}"
                 record = _as_record(row, number, where)
                 check_record(record, language, where, variant)
+                if record.id != number - 1:
+                    raise UserError(f"{where}: id is {record.id} where {number - 1} should be.")
                 yield self._item(split, record)
+
+    def fetch(self, language: str) -> dict[str, str]:
+        """Bring the files that `read` needs into the hub's cache; returns their hashes.
+
+        Afterwards `revision` is the commit.
+        """
+        config = self.config or language
+        folder = self._folder(config)
+        self.revision = self._commit
+        # Another configuration may be in the same snapshot.
+        data = folder / config if (folder / config).is_dir() else folder
+        files = sorted(path for path in data.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+
+    def _folder(self, config: str) -> Path:
+        """The dataset's folder, local or in the hub's cache."""
+        local = Path(self.name).expanduser()
+        if local.is_dir():
+            return local
+        # The other configurations of CodeXGLUE are folders beside this one, of hundreds of megabytes.
+        in_config = [f"{config}/*{suffix}" for suffix in _DATA_SUFFIXES]
+        folder = snapshot(self.name, self.revision, "dataset", [*in_config, "README.md"])
+        if not (folder / config).is_dir():
+            folder = snapshot(
+                self.name, folder.name, "dataset", [*map("*".__add__, _DATA_SUFFIXES), "README.md"]
+            )
+        self._commit = folder.name
+        return folder
 
     def _load(self, config: str) -> Mapping[str, Any]:
         try:
@@ -599,25 +640,19 @@ class Hub(_Rows):
             raise UserError(
                 f"{self.name} needs the package datasets; install it or use another source."
             ) from None
-        local = Path(self.name).expanduser()
+        folder = self._folder(config)
+        # datasets raises whatever its file systems and parsers raise.
         try:
-            if not local.is_dir():
-                loaded = datasets.load_dataset(self.name, config, revision=self.revision)
-            elif (local / config).is_dir():
-                loaded = datasets.load_dataset(str(local / config))
-            else:
-                loaded = datasets.load_dataset(str(local))
-        # datasets raises whatever its file systems, parsers and HTTP clients raise.
+            if (folder / config).is_dir():
+                return datasets.load_dataset(str(folder / config))
+            known = datasets.get_dataset_config_names(str(folder))
+            return datasets.load_dataset(str(folder), config if config in known or self.config else None)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise UserError(
                 f"The dataset {self.name} ({config}) could not be loaded ({reason}); "
-                "check name, config, revision and network, or use a local source."
+                "check name, config and revision."
             ) from None
-        checksums = next(iter(loaded.values())).info.download_checksums or {}
-        commit = re.search(r"@([0-9a-f]{40})/", " ".join(checksums))
-        self._commit = commit[1] if commit else None
-        return loaded
 
     def describe(self) -> dict[str, Any]:
         """See `Source.describe`; the version is the commit that was read, where known."""
@@ -631,14 +666,182 @@ class Hub(_Rows):
         }
 
 
-_KEYS = {"tree": ("path", "prefix"), "jsonl": ("path",), "hub": ("name", "config", "revision")}
+class CodeXGlue(_Rows):
+    """The files that the hub's CodeXGLUE completion dataset was made from, and the same rows as there.
+
+    `path` is the folder that holds them under their own names: for Java the three splits of the GitHub Java
+    corpus (one tokenised file per line), for Python the archive of the 150k Python dataset. Their hashes
+    are compared with those of the published files, or with `sha256`, before anything is used.
+    """
+
+    def __init__(self, path: str, sha256: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self.path = path
+        self.expected = sha256
+        self._hashes: dict[str, str] = {}
+        self._version: str | None = None
+
+    def read(self, language: str, variant: str) -> Iterator[Item]:
+        """See `Source.read`."""
+        if variant != "raw":
+            raise UserError("A codexglue source has raw tokens only; set data.variant: raw.")
+        expected = self.expected or CODEXGLUE_FILES[language]
+        files = {}
+        for name in CODEXGLUE_FILES[language]:
+            files[name] = path = Path(self.path).expanduser() / name
+            if not path.is_file():
+                raise UserError(f"{path} does not exist; docs/hub.md says where it comes from.")
+            self._hashes[name] = sha256(path)
+            if self._hashes[name] != expected.get(name):
+                raise UserError(
+                    f"{path} has SHA-256 {self._hashes[name]}, not {expected.get(name)}; fetch it again."
+                )
+        rows = self._java(files) if language == "java" else self._python(*files.values())
+        seen = Counter()
+        for split, record in rows:
+            where = f"{split} of {self.path}, row {record.id + 1}"
+            check_record(record, language, where)
+            seen[split] += 1
+            yield self._item(split, record)
+        if self.expected is None:
+            _check_counts(seen, language, self.path)
+
+    @staticmethod
+    def _java(files: Mapping[str, Path]) -> Iterator[tuple[str, Record]]:
+        # In the order of CODEXGLUE_FILES: test, validation, train.
+        for split, path in zip(reversed(SPLITS), files.values(), strict=True):
+            for number, line in _lines(path):
+                code = [token for token in line.split() if len(token) <= MAX_TOKEN]
+                yield split, Record(number - 1, "", code)
+
+    def _python(self, archive: Path) -> Iterator[tuple[str, Record]]:
+        # Other Pythons split other text; the hub's rows are those of 3.6 to 3.11.
+        self._version = f"tokenize of CPython {platform.python_version()}"
+        train, test, codes = _py150(archive)
+        start = _validation_start(len(train))
+        for split, paths, first in (
+            ("test", test, 0), ("validation", train[start:], start), ("train", train[:start], 0),
+        ):  # fmt: skip
+            for number, path in enumerate(paths, first):
+                # A file that is missing or cannot be lexed has a row without tokens, as on the hub.
+                yield split, Record(number, path.removeprefix("data/"), codes.get(path, [START, END]))
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source.describe`; `files` has the hashes of the files themselves."""
+        return {
+            "kind": "codexglue",
+            "path": self.path,
+            "files": self._hashes,
+            "version": self._version,
+            "sha256": self._digest.hexdigest(),
+        }
+
+
+def _py150(path: Path) -> tuple[list[str], list[str], dict[str, list[str]]]:
+    """Paths of the train and test files of the 150k Python archive, and tokens of all that can be lexed."""
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            members = {Path(name).name: name for name in archive.getnames()}
+            missing = [name for name in (*_PY150_LISTS, "data.tar.gz") if name not in members]
+            if missing:
+                raise UserError(f"{path} holds no {missing[0]}; fetch it again.")
+            train, test = (
+                archive.extractfile(members[name]).read().decode().split("\n") for name in _PY150_LISTS
+            )
+            train, test = ([line.strip() for line in lines if line.strip()] for lines in (train, test))
+            wanted = {*train, *test}
+            codes = {}
+            with tarfile.open(fileobj=archive.extractfile(members["data.tar.gz"]), mode="r|gz") as data:
+                for member in data:
+                    name = member.name.removeprefix("./")
+                    if member.isreg() and name in wanted:
+                        code = _py150_tokens(data.extractfile(member).read())
+                        if code is not None:
+                            codes[name] = [sys.intern(token) for token in code]
+    except (tarfile.TarError, *_READ_ERRORS) as error:
+        raise UserError(f"{path} cannot be read as a tar archive ({error}); fetch it again.") from None
+    return train, test, codes
+
+
+def _py150_tokens(content: bytes) -> list[str] | None:
+    """A Python file's row on the hub, which was read as UTF-8 and then as what its own first lines say."""
+    try:
+        content.decode()
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+        return encode_tokens(plain_tokens(content.decode(encoding), "python"), "python")
+    except (ValueError, LookupError, SyntaxError):
+        return None
+
+
+CODEXGLUE = "google/code_x_glue_cc_code_completion_token"
+CODEXGLUE_ROWS = {
+    "java": {"train": 12_934, "validation": 7_189, "test": 8_268},
+    "python": {"train": 100_000, "test": 50_000},
+}
+# SHA-256 of the published files, in the order in which they are read.
+CODEXGLUE_FILES = {
+    "java": {
+        "java_test_pre": "a88cd5c91c2ed23a928528bef3535f4fc8db1359975447211f2b13926cc38d9d",
+        "java_validation_pre": "0c58a97d96aa7435396581ee5efbb93c0e74a545ba5f795f878098a6e59ab8b3",
+        "java_training_pre": "676295d2756adcac22e213fbc3ea0f50669a0d152e9497e23a2929e2e2124905",
+    },
+    "python": {"py150_files.tar.gz": "73be7f7a78e549845cf80cf779a3bcc3a9cf351ff7017e07b89e8d1c82b8d389"},
+}
+_PY150_LISTS = ("python100k_train.txt", "python50k_eval.txt")
+_DATA_SUFFIXES = (".parquet", ".json", ".jsonl", ".json.gz", ".jsonl.gz")
+
+
+def _check_counts(found: Mapping[str, int], language: str, name: str) -> None:
+    """Refuse what claims to be CodeXGLUE's dataset and has other numbers of rows."""
+    expected = CODEXGLUE_ROWS[language]
+    if "validation" not in expected and "validation" in found:  # already cut from train
+        found = {"train": found["train"] + found["validation"], "test": found["test"]}
+    for split, rows in expected.items():
+        if found.get(split) != rows:
+            raise UserError(
+                f"{name} has {found.get(split, 0)} rows for {split} where CodeXGLUE's {language} data has "
+                f"{rows}; take the published revision."
+            )
+
+
+_KEYS = {
+    "tree": ("path", "prefix"),
+    "jsonl": ("path",),
+    "hub": ("name", "config", "revision"),
+    "codexglue": ("path", "sha256"),
+}
+
+
+def needs_fetching(config: Mapping[str, Any]) -> bool:
+    """Whether a source is to be brought to this machine before it can be read."""
+    if config["kind"] == "hub":
+        return not Path(config["name"]).expanduser().is_dir()
+    return config.get("path") == "jdk"
+
+
+def fetch(config: Mapping[str, Any], language: str, cache_dir: str | Path) -> dict[str, Any]:
+    """Bring what a source reads to this machine: a hub dataset into HF_HOME, Java sources if none are found.
+
+    Returns:
+        `source`, the config with the commit as revision, and `files`, their SHA-256 by name.
+
+    Raises:
+        UserError: it cannot be fetched, or is damaged.
+    """
+    source = open_source(config, cache_dir)
+    if isinstance(source, Hub):
+        files = source.fetch(language)
+        return {"source": {**config, "revision": source.revision}, "files": files}
+    path, _ = find_jdk(cache_dir)
+    return {"source": dict(config), "files": {path.name: sha256(path)}}
 
 
 def open_source(config: Mapping[str, Any], cache_dir: str | Path | None = None) -> Source:
     """The source that a config names.
 
     Args:
-        config: `kind` and its keys: `tree` (path, prefix), `jsonl` (path), `hub` (name, config, revision).
+        config: `kind` and its keys: `tree` (path, prefix), `jsonl` (path), `hub` (name, config, revision),
+            `codexglue` (path, sha256).
         cache_dir: where a source keeps what it has to fetch.
 
     Raises:
@@ -655,7 +858,7 @@ def open_source(config: Mapping[str, Any], cache_dir: str | Path | None = None) 
         raise UserError(f"The {kind} source lacks its {_KEYS[kind][0]}; set it in the config.")
     if kind == "tree":
         return Tree(**keys, cache_dir=Path(cache_dir) if cache_dir else None)
-    return TokenFiles(**keys) if kind == "jsonl" else Hub(**keys)
+    return {"jsonl": TokenFiles, "hub": Hub, "codexglue": CodeXGlue}[kind](**keys)
 
 
 # --- preparing --------------------------------------------------------------------------------------

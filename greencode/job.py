@@ -24,7 +24,7 @@ def run(main: Callable[[Any], None], snakemake: Any, online: bool = False) -> No
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not online:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        _go_offline()
     sentence = f"{snakemake.log[0]} cannot be written."
     with (
         contextlib.suppress(OSError),
@@ -46,3 +46,11 @@ def run(main: Callable[[Any], None], snakemake: Any, online: bool = False) -> No
         log.write(f"{sentence}\n")
     print(f"{snakemake.rule}: {sentence}", file=sys.stderr)
     sys.exit(1)
+
+
+def _go_offline() -> None:
+    """Keep the hub's libraries from asking the hub, whether they are imported by now or will be."""
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        if module in sys.modules:
+            sys.modules[module].HF_HUB_OFFLINE = True

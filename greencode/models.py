@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from greencode.errors import UserError
 from greencode.files import atomic, read_json, sha256, write_json
+from greencode.hub import conversion, snapshot
 
 if TYPE_CHECKING:
     import torch
@@ -167,7 +168,8 @@ def fetch(source: dict[str, Any], directory: str | Path) -> None:
     write_json(
         directory / "info.json",
         {
-            "source": {key: source[key] for key in ("path", "hub", "revision") if key in source},
+            "source": {key: source[key] for key in ("path", "hub", "revision") if key in source}
+            | ({"commit": origin.name} if "hub" in source else {}),
             "family": config["model_type"],
             "layers": source["layers"],
             "hidden": config["hidden_size"],
@@ -189,18 +191,19 @@ def _parameters(files: list[Path]) -> int:
     return total
 
 
-def _download(name: str, revision: str) -> Path:
-    """A snapshot of a hub model in the local cache (HF_HOME)."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+# The hub's repositories also hold other formats and training states; those in folders are never needed.
+_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.md")
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.md"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        raise UserError(
-            f"{name} is gated: accept its licence on the hub and log in with `hf auth login`."
-        ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name} cannot be fetched from the hub ({reason}).") from None
+
+def _download(name: str, revision: str) -> Path:
+    """A snapshot of a hub model in the local cache (HF_HOME); its name is the commit."""
+    folder = snapshot(name, revision, "model", _FILES, ["*/*"])
+    if not any(folder.glob("*.safetensors")):
+        request = conversion(name)
+        advice = (
+            f"its pull request {request} adds them: look at it and set revision: {request}"
+            if request
+            else "name a revision that has, or convert them (docs/hub.md)"
+        )
+        raise UserError(f"{name} holds no safetensors at {revision}, and pickles are not read; {advice}.")
+    return folder

@@ -23,11 +23,12 @@ import json, os, sys
 import snakemake.cli
 
 for line in sys.stdin:
-    folder, arguments = json.loads(line)
+    folder, arguments, environment = json.loads(line)
     if child := os.fork():
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         continue
     os.chdir(folder)
+    os.environ.update(environment)
     for descriptor, name in enumerate((os.devnull, "stdout.txt", "stderr.txt")):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.exit(snakemake.cli.main(arguments))
@@ -53,10 +54,11 @@ class Study:
         text = config if isinstance(config, str) else yaml.safe_dump(config, sort_keys=False)
         (self.folder / "config/config.yaml").write_text(text)
 
-    def snakemake(self, *arguments, cores=2):
+    def snakemake(self, *arguments, cores=2, environment=None):
         """Run snakemake to its end: its stdout, stderr and returncode. Without cores a cluster decides."""
         arguments = [*([f"-c{cores}"] if cores else []), *arguments]
-        print(json.dumps([str(self.folder), arguments]), file=self.server.stdin, flush=True)
+        call = [str(self.folder), arguments, environment or {}]
+        print(json.dumps(call), file=self.server.stdin, flush=True)
         returncode = int(self.server.stdout.readline())
         outputs = {name: (self.folder / f"{name}.txt").read_text() for name in ("stdout", "stderr")}
         return SimpleNamespace(returncode=returncode, **outputs)

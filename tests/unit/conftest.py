@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from greencode.policies import ExitPolicy
+from tests.hub import libraries_at, stand_in
 
 LAYERS = 6
 WINDOW = 64
@@ -92,3 +93,10 @@ def make_agent() -> Callable[..., ExitPolicy]:
         return ExitPolicy(layers, points, "final_norm", "tiny", {})
 
     return make
+
+
+@pytest.fixture
+def stand_in_hub(tmp_path, monkeypatch):
+    """A stand-in for the hub that the hub's libraries ask here, with an empty cache."""
+    with stand_in() as hub, libraries_at(hub.url, tmp_path / "hub-cache", monkeypatch):
+        yield hub

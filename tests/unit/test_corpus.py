@@ -13,7 +13,9 @@ from greencode.corpus import (
     Item,
     Record,
     check_record,
+    fetch,
     find_jdk,
+    needs_fetching,
     open_source,
     prepare,
     read_corpus,
@@ -451,17 +453,13 @@ def test_a_faulty_hub_row_is_named(tmp_path, hub):
         prepare({"kind": "hub", "name": name}, "java", out_dir=tmp_path / "out")
 
 
-def test_a_hub_dataset_that_cannot_be_loaded(tmp_path, hub, monkeypatch):
-    import datasets
-
-    def unreachable(*_, **__):
-        raise ConnectionError("Couldn't reach the hub.\nMore.")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+def test_a_hub_dataset_that_cannot_be_loaded(tmp_path, hub):
+    name = hub("java", train=columns([1]))
+    (tmp_path / "hub/java/train-00000-of-00001.parquet").write_bytes(b"no parquet")
     with pytest.raises(
-        UserError, match=r"google/x \(java\) could not be loaded \(Couldn't reach the hub\); check"
+        UserError, match=r"hub \(java\) could not be loaded \(.+\); check name, config and rev"
     ):
-        prepare({"kind": "hub", "name": "google/x"}, "java", out_dir=tmp_path / "out")
+        prepare({"kind": "hub", "name": name}, "java", out_dir=tmp_path / "out")
 
 
 def test_a_hub_dataset_without_a_test_split(tmp_path, hub):
@@ -469,24 +467,259 @@ def test_a_hub_dataset_without_a_test_split(tmp_path, hub):
         prepare({"kind": "hub", "name": hub("java", train=columns([1]))}, "java", out_dir=tmp_path / "out")
 
 
-def test_the_hub_gets_name_config_and_revision_and_tells_its_commit(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    asked = []
+@pytest.mark.parametrize("ids", [[0, 2], [1, 2], [0, 0]])
+def test_ids_of_a_hub_dataset_are_row_numbers(tmp_path, hub, ids):
+    train = {"id": ids, "code": [code(1), code(2)]}
+    name = hub("java", train=train, validation=columns([3]), test=columns([4]))
+    with pytest.raises(UserError, match=r"hub \(java\), train, row \d: id is \d where \d should be"):
+        prepare({"kind": "hub", "name": name}, "java", out_dir=tmp_path / "out")
 
-    def load(*arguments, **options):
-        asked.append((arguments, options))
-        loaded = {
-            split: datasets.Dataset.from_dict(columns(numbers))
-            for split, numbers in {"train": [1, 2], "validation": [3], "test": [4]}.items()
+
+def write_rows(folder, splits, paths=False):
+    """JSON Lines of a dataset, with the ids of their rows."""
+    folder.mkdir(parents=True)
+    for split, numbers in splits.items():
+        lines = (
+            {"id": i, "code": code(n)} | ({"path": f"{n}.py\n"} if paths else {})
+            for i, n in enumerate(numbers)
+        )
+        write_text(folder / f"{split}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def completion(tmp_path, hub, stand_in_hub):
+    """The id of a dataset on the stand-in: Java in Parquet, Python in JSON Lines, as folders."""
+    hub("java", train=columns(range(5)), validation=columns([5, 6]), test=columns([7]))
+    write_rows(tmp_path / "hub/python", {"train": range(40), "test": [50]}, paths=True)
+    stand_in_hub.add("one/completion", tmp_path / "hub", "datasets")
+    return "one/completion"
+
+
+@pytest.mark.parametrize(("language", "sizes"), [("java", [5, 2, 1]), ("python", [38, 2, 1])])
+def test_a_hub_dataset_is_fetched_and_then_read_offline(
+    tmp_path, completion, stand_in_hub, monkeypatch, language, sizes
+):
+    commit = stand_in_hub.repositories["datasets", completion].branches["main"]
+    source = {"kind": "hub", "name": completion, "revision": "main"}
+    fetched = fetch(source, language, tmp_path)
+    suffix = {"java": "-00000-of-00001.parquet", "python": ".jsonl"}[language]
+    files = sorted(path for path in (tmp_path / "hub" / language).iterdir())
+    assert fetched["files"] == {f"{language}/{path.name}": sha256(path) for path in files}
+    assert fetched["source"] == source | {"revision": commit}
+    assert all(name.endswith(suffix) for name in stand_in_hub.downloads())  # of this language only
+
+    # The branch moves on, and the network goes away.
+    (tmp_path / "hub/java/test-00000-of-00001.parquet").unlink()
+    stand_in_hub.add(completion, tmp_path / "hub", "datasets")
+    stand_in_hub.asked.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    splits, manifest = prepared(fetched["source"], tmp_path / "out", language)
+    assert [len(splits[split]) for split in SPLITS] == sizes
+    assert manifest["source"]["version"] == commit
+    assert stand_in_hub.asked == []
+
+
+def test_configurations_may_be_named_in_the_card_instead(tmp_path, hub, stand_in_hub):
+    write_rows(tmp_path / "data/one", {"train": [1, 2], "validation": [3], "test": [4]})
+    files = "".join(f"  - {{split: {split}, path: one/{split}.jsonl}}\n" for split in SPLITS)
+    (tmp_path / "data/README.md").write_text(
+        f"---\nconfigs:\n- config_name: java\n  data_files:\n{files}---\n"
+    )
+    stand_in_hub.add("one/data", tmp_path / "data", "datasets")
+    splits, _ = prepared({"kind": "hub", "name": "one/data"}, tmp_path / "out")
+    assert [len(splits[split]) for split in SPLITS] == [2, 1, 1]
+    with pytest.raises(
+        UserError, match=r"one/data \(rust\) could not be loaded \(BuilderConfig 'rust' not found"
+    ):
+        prepare({"kind": "hub", "name": "one/data", "config": "rust"}, "java", out_dir=tmp_path / "out")
+
+
+def test_what_claims_to_be_codexglue_has_its_number_of_rows(tmp_path, hub, stand_in_hub, monkeypatch):
+    hub("java", train=columns(range(5)), validation=columns([5, 6]), test=columns([7]))
+    stand_in_hub.add(corpus.CODEXGLUE, tmp_path / "hub", "datasets")
+    source = {"kind": "hub", "name": corpus.CODEXGLUE}
+    with pytest.raises(UserError, match=r"has 5 rows for train where CodeXGLUE's java data has 12934; take"):
+        prepare(source, "java", out_dir=tmp_path / "out")
+    monkeypatch.setitem(corpus.CODEXGLUE_ROWS, "java", {"train": 5, "validation": 2, "test": 1})
+    prepare(source, "java", out_dir=tmp_path / "out")
+
+
+def test_which_sources_need_fetching(tmp_path):
+    assert needs_fetching({"kind": "hub", "name": "one/data"})
+    assert needs_fetching({"kind": "tree", "path": "jdk"})
+    assert not needs_fetching({"kind": "hub", "name": str(tmp_path)})
+    assert not needs_fetching({"kind": "tree", "path": "python-stdlib"})
+
+
+# --- CodeXGLUE's original files ---------------------------------------------------------------------
+
+# Files as they may stand in the 150k Python archive, and their rows on the hub, worked out by hand.
+PY150 = {
+    "a/plain.py": (
+        b'#!/usr/bin/env python\n# comment\n"""Docstring."""\nimport os\n\n\nclass A(object):\n'
+        b"    def f(self, x=1):  # why\n        return x + 0x1F\n",
+        "import os <EOL> class A ( object ) : <EOL> def f ( self , x = 1 ) : <EOL> return x + 0x1F",
+    ),
+    "a/strings.py": (
+        b"a = 'short one'\nb = u'longer than fourteen'\nc = r\"\\d\"\nd = '<EOL>'\ne = U'exactly fifteen'\n",
+        "a = 'short\0one' <EOL> b = u'' <EOL> c = r\"\\d\" <EOL> d = '' <EOL> e =",
+    ),
+    "a/long.py": (
+        b"x = " + b"9" * 50 + b"\ny = " + b"n" * 101 + b"\nz = " + b"m" * 100 + b" + " + b"8" * 49 + b"\n",
+        "x = <EOL> y = <EOL> z = " + "m" * 100 + " + " + "8" * 49,
+    ),
+    "a/python2.py": (
+        b"print `x`, 'y'\nraise E, 'no'\nn = 0777L\n",
+        "print ` x ` , 'y' <EOL> raise E , 'no' <EOL> n = 0 777 L",
+    ),
+    "a/windows.py": (b"\xef\xbb\xbfa = 1\r\n\r\nb = \\\r\n    2\r\n", "a = 1 <EOL> b = 2"),
+    "a/latin.py": (
+        "# -*- coding: latin-1 -*-\nname = 'é'\n".encode(),
+        "name = 'Ã©'",  # read as UTF-8, written again and read as it says: so it is on the hub
+    ),
+    "a/not_utf8.py": (b"a = '\xe9'\n", ""),
+    "a/unknown.py": (b"# coding: no-such-code\na = 1\n", ""),
+    "a/open.py": (b"f(1,\n", ""),
+    "a/dedent.py": (b"if a:\n        b\n    c\n", ""),
+    "a/empty.py": (b"# nothing\n", ""),
+}
+
+
+def row(text):
+    """A row's tokens; \\0 stands for a blank within one."""
+    return ["<s>", *(token.replace("\0", " ") for token in text.split()), "</s>"]
+
+
+def write_py150(folder, train, test, files):
+    """The archive, with its lists of paths and the archive of files within it."""
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        for name, content in reversed(files.items()):
+            member = tarfile.TarInfo(f"data/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    lists = {"python100k_train.txt": train, "python50k_eval.txt": test}
+    parts = {"data.tar.gz": inner.getvalue()}
+    parts |= {name: "".join(f"data/{path}\n" for path in paths).encode() for name, paths in lists.items()}
+    with tarfile.open(folder / "py150_files.tar.gz", "w:gz") as archive:
+        for name, content in parts.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return codexglue(folder)
+
+
+def codexglue(folder, **changed):
+    hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    return {"kind": "codexglue", "path": str(folder), "sha256": hashes | changed}
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="Python 3.12 refuses Python 2's tokens")
+def test_python_rows_from_the_original_archive_are_those_of_the_hub(tmp_path):
+    train, test = [*PY150, "a/missing.py"], ["a/plain.py"]
+    source = write_py150(tmp_path, train, test, {name: content for name, (content, _) in PY150.items()})
+    items = list(open_source(source).read("python", "raw"))
+    assert [item.split for item in items] == ["test", "validation", *["train"] * (len(train) - 1)]
+    assert [item.path for item in items] == ["a/plain.py", "a/missing.py", *PY150]
+    assert items[0].code == row(PY150["a/plain.py"][1])
+    assert items[1].code == ["<s>", "</s>"]
+    for item in items[2:]:
+        assert item.code == row(PY150[item.path][1]), item.path
+
+
+JAVA = [
+    "<s> package a . b ; class A { } </s>",
+    ' <s> String s = "with a blank" ; </s>  ',
+    f"<s> {'x' * 100} {'y' * 101} ; </s>",
+]
+
+
+def write_java(folder):
+    """The three files of the GitHub Java corpus, one tokenised source file a line."""
+    for name, lines in {"training": JAVA, "validation": JAVA[1:], "test": JAVA[2:]}.items():
+        (folder / f"java_{name}_pre").write_text("".join(f"{line}\n" for line in lines))
+    return codexglue(folder)
+
+
+def test_java_rows_from_the_original_files_are_those_of_the_hub(tmp_path):
+    source = open_source(write_java(tmp_path))
+    items = list(source.read("java", "raw"))
+    expected = [
+        ["<s>", "package", "a", ".", "b", ";", "class", "A", "{", "}", "</s>"],
+        ["<s>", "String", "s", "=", '"with', "a", 'blank"', ";", "</s>"],
+        ["<s>", "x" * 100, ";", "</s>"],
+    ]
+    assert [(item.split, item.code) for item in items] == [
+        ("test", expected[2]),
+        ("validation", expected[1]),
+        ("validation", expected[2]),
+        *(("train", code) for code in expected),
+    ]
+    assert source.describe()["files"] == {path.name: sha256(path) for path in sorted(tmp_path.iterdir())}
+
+
+def test_the_original_files_give_the_splits_that_the_hub_gives(tmp_path, hub, stand_in_hub):
+    """One dataset by both ways: from the archive, and as the hub has it."""
+    files = {f"r/f{i:02d}.py": "".join(f"x{i}_{k} = {k}\n" for k in range(12)).encode() for i in range(30)}
+    names = list(files)
+    (tmp_path / "original").mkdir()
+    original = write_py150(tmp_path / "original", names[:25], names[25:], files)
+    parts = {
+        split: {
+            "id": list(range(len(paths))),
+            "path": [f"{path}\n" for path in paths],
+            "code": [row(files[path].decode().strip().replace("\n", " <EOL> ")) for path in paths],
         }
-        loaded["train"].info.download_checksums = {f"hf://datasets/google/x@{'ab' * 20}/java/t.parquet": {}}
-        return loaded
+        for split, paths in {"train": names[:25], "test": names[25:]}.items()
+    }
+    stand_in_hub.add("one/data", hub("python", **parts), "datasets")
+    for name, source in {"a": original, "b": {"kind": "hub", "name": "one/data"}}.items():
+        prepare(source, "python", out_dir=tmp_path / name)
+    for split in SPLITS:
+        ours, theirs = (read_split(tmp_path / name / f"{split}.jsonl.gz", "python") for name in "ab")
+        assert ours == theirs
+        assert ours
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    source = {"kind": "hub", "name": "google/x", "revision": "main"}
-    _, manifest = prepared(source, tmp_path / "out")
-    assert asked == [(("google/x", "java"), {"revision": "main"})]
-    assert manifest["source"]["version"] == "ab" * 20
+
+def test_original_files_have_their_hashes(tmp_path):
+    source = write_java(tmp_path)
+    with open(tmp_path / "java_training_pre", "a") as stream:
+        stream.write(JAVA[0])
+    with pytest.raises(UserError, match=r"java_training_pre has SHA-256 \w{64}, not \w{64}; fetch it again"):
+        list(open_source(source).read("java", "raw"))
+    with pytest.raises(UserError, match=r"java_test_pre has SHA-256 \w{64}, not a88cd5c91c2ed23a"):
+        list(open_source({"kind": "codexglue", "path": str(tmp_path)}).read("java", "raw"))
+    (tmp_path / "java_test_pre").unlink()
+    with pytest.raises(UserError, match=r"java_test_pre does not exist; docs/hub.md says where"):
+        list(open_source(source).read("java", "raw"))
+
+
+def test_original_files_have_the_published_number_of_rows(tmp_path, monkeypatch):
+    hashes = write_java(tmp_path)["sha256"]
+    monkeypatch.setitem(
+        corpus.CODEXGLUE_FILES, "java", {name: hashes[name] for name in corpus.CODEXGLUE_FILES["java"]}
+    )
+    with pytest.raises(UserError, match="has 3 rows for train where CodeXGLUE's java data has 12934"):
+        prepare({"kind": "codexglue", "path": str(tmp_path)}, "java", out_dir=tmp_path / "out")
+
+
+def test_a_faulty_original_row_is_named(tmp_path):
+    write_java(tmp_path)
+    (tmp_path / "java_test_pre").write_text(f"{JAVA[0]}\nclass A {{ }} </s>\n")
+    with pytest.raises(UserError, match=r"test of .*, row 2: code must begin with"):
+        list(open_source(codexglue(tmp_path)).read("java", "raw"))
+    with pytest.raises(UserError, match="A codexglue source has raw tokens only; set"):
+        list(open_source(codexglue(tmp_path)).read("java", "norm"))
+
+
+def test_an_archive_that_is_not_that_of_py150(tmp_path):
+    with tarfile.open(tmp_path / "py150_files.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(UserError, match=r"holds no python100k_train.txt; fetch it again"):
+        list(open_source(codexglue(tmp_path)).read("python", "raw"))
+    (tmp_path / "py150_files.tar.gz").write_bytes(b"no archive")
+    with pytest.raises(UserError, match="cannot be read as a tar archive"):
+        list(open_source(codexglue(tmp_path)).read("python", "raw"))
 
 
 # --- the schema -------------------------------------------------------------------------------------
@@ -550,6 +783,7 @@ def test_only_the_raw_variant_limits_the_length_of_tokens():
         ('{"id": "x", "code": ["<s>", "</s>"]}', 'a.jsonl, row 3: id must be an integer, not "x"'),
         ('{"path": 4, "code": ["<s>", "</s>"]}', "a.jsonl, row 3: path must be a string, not 4"),
         ('{"code": ["a"]}', "a.jsonl, row 3: code must begin"),
+        ('{"id": 1, "code": ["<s>", "</s>"]}', "a.jsonl, row 3: id 1 stands in an earlier row too"),
     ],
 )
 def test_a_faulty_row_is_named(tmp_path, line, fault):
@@ -571,7 +805,7 @@ def test_a_faulty_text_row_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({}, "The source kind None is unknown; use one of tree, jsonl, hub"),
+        ({}, "The source kind None is unknown; use one of tree, jsonl, hub, codexglue"),
         ({"kind": "git"}, "The source kind 'git' is unknown"),
         ({"kind": "tree"}, "The tree source lacks its path"),
         ({"kind": "hub", "config": "java"}, "The hub source lacks its name"),

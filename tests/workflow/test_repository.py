@@ -26,8 +26,8 @@ SHARED = {
     "draw_figure": {name for name in RULES if name.startswith("figure_")},
 }
 # Imported within functions that only rules of other environments call: models.load, sources of kind hub,
-# and the name of the GPU in the provenance.
-LAZY = {("models", "torch"), ("corpus", "datasets"), ("results", "torch")}
+# downloads, and the name of the GPU in the provenance.
+LAZY = {("models", "torch"), ("corpus", "datasets"), ("hub", "huggingface_hub"), ("results", "torch")}
 INSTALLED = metadata.packages_distributions()
 
 

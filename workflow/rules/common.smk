@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 from greencode import config as study
+from greencode.corpus import needs_fetching
 from greencode.errors import UserError
 from greencode.exits import lite_weights
 
@@ -102,7 +103,18 @@ def files_at(path):
 
 # Input from outside the workflow: a dataset or model that is replaced re-runs what was made of it.
 def dataset_files(wildcards):
-    return files_at(STUDY["datasets"][wildcards.dataset]["source"].get("path"))
+    dataset = STUDY["datasets"][wildcards.dataset]
+    source = dataset["source"]
+    if source["kind"] != "hub":
+        return files_at(source["path"])
+    config = source.get("config") or dataset["language"]
+    return files_at(source["name"]) + files_at(Path(source["name"]) / config)
+
+
+def fetched_source(wildcards):
+    """The record of a source's download; none for a source that is here already."""
+    source = STUDY["datasets"][wildcards.dataset]["source"]
+    return "results/data/{dataset}/source.json" if needs_fetching(source) else []
 
 
 def model_files(wildcards):
@@ -118,6 +130,11 @@ def model_files(wildcards):
 def dataset_block(wildcards):
     dataset = STUDY["datasets"][wildcards.dataset]
     return {"seed": STUDY["seed"], **STUDY["data"], **dataset}
+
+
+def source_block(wildcards):
+    dataset = STUDY["datasets"][wildcards.dataset]
+    return {"language": dataset["language"], **dataset["source"]}
 
 
 def model_block(wildcards):

@@ -4,12 +4,14 @@ from pathlib import Path
 
 from greencode import job
 from greencode.corpus import SPLITS, prepare
+from greencode.files import read_json
 
 
 def main(smk):
     block = smk.params.dataset
+    source = read_json(smk.input.fetched)["source"] if smk.input.fetched else block["source"]
     prepare(
-        block["source"],
+        source,
         block["language"],
         block["variant"],
         block["seed"],
@@ -22,4 +24,4 @@ def main(smk):
 
 
 if __name__ == "__main__":
-    job.run(main, snakemake, online=True)  # noqa: F821
+    job.run(main, snakemake)  # noqa: F821
