@@ -14,10 +14,10 @@ rule finetune_model:
     priority: 70
     conda:
         "../../envs/torch.yaml"
-    threads: STUDY["threads"]
+    threads: finetune_threads
     resources:
-        gpu=gpus,
-        mem_mb=4000,
+        gpu=finetune_gpus,
+        mem_mb=finetune_memory,
         runtime=1440,
     params:
         finetune=finetune_block,
