@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from greencode import models
 from greencode.corpus import Record
@@ -145,6 +146,18 @@ class MultiExitTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
 
+def shard(model: PreTrainedModel, bf16: bool) -> None:
+    """Shard a model's weights over all processes, in place (FSDP2): a unit per layer, the rest in the root.
+
+    accelerate, which would do it otherwise, makes a unit of final norm and LM head. Each exit uses them,
+    and after the backward pass of one their weights would be freed under the others.
+    """
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The Trainer's newest checkpoint that is whole, or None.
 
@@ -226,9 +239,8 @@ def finetune(
         warmup_steps=settings["warmup_steps"],
         weight_decay=settings["weight_decay"],
         bf16=settings["bf16"],
-        activation_checkpointing=settings["gradient_checkpointing"] and not settings["fsdp"],
+        activation_checkpointing=settings["gradient_checkpointing"],
         fsdp=settings["fsdp"] or None,
-        fsdp_config={"activation_checkpointing": settings["gradient_checkpointing"]},
         ddp_find_unused_parameters=False,
         seed=seed,
         data_seed=seed,
@@ -251,8 +263,10 @@ def finetune(
         weights=weights,
         recompute=settings["gradient_checkpointing"],
     )
-    if settings["fsdp"] and not trainer.is_fsdp_enabled:
-        raise UserError("finetune.fsdp is true, but accelerate shards models on GPUs only; set it to false.")
+    if settings["fsdp"]:
+        if not trainer.is_fsdp_enabled:
+            raise UserError("finetune.fsdp: accelerate shards models on GPUs only; set it to false.")
+        shard(model, settings["bf16"])
     trainer.train(resume_from_checkpoint=last and str(last))
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, whatever holds the shards
     if trainer.is_world_process_zero():
