@@ -8,7 +8,7 @@ rule evaluate_method:
     benchmark:
         "benchmarks/evaluate_method/{model}/{dataset}/{method}.tsv"
     conda:
-        "../../envs/metrics.yaml"
+        "../../envs/evaluate.yaml"
     resources:
         mem_mb=1000,
         runtime=60,

@@ -13,7 +13,7 @@ rule finetune_model:
     # Before any measurement: these share the cores, and measured jobs need all of them.
     priority: 70
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/finetune.yaml"
     threads: finetune_threads
     resources:
         gpu=finetune_gpus,

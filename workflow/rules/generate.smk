@@ -12,7 +12,7 @@ rule generate_base:
     benchmark:
         "benchmarks/generate_base/{model}/{dataset}.tsv"
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/generate.yaml"
     threads: workflow.cores
     resources:
         meter=1,
@@ -39,7 +39,7 @@ rule generate_full:
     benchmark:
         "benchmarks/generate_full/{model}/{dataset}.tsv"
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/generate.yaml"
     threads: workflow.cores
     resources:
         meter=1,
@@ -66,7 +66,7 @@ rule generate_fixed:
     benchmark:
         "benchmarks/generate_fixed/{model}/{dataset}/{depth}.tsv"
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/generate.yaml"
     threads: workflow.cores
     resources:
         meter=1,
@@ -95,7 +95,7 @@ rule generate_agent:
     benchmark:
         "benchmarks/generate_agent/{model}/{dataset}/{agent}-T{threshold}.tsv"
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/generate.yaml"
     threads: workflow.cores
     resources:
         meter=1,
@@ -124,7 +124,7 @@ rule measure_overhead:
     benchmark:
         "benchmarks/measure_overhead/{model}/{dataset}/{agent}.tsv"
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/generate.yaml"
     threads: workflow.cores
     resources:
         meter=1,

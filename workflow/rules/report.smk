@@ -19,7 +19,7 @@ rule figure_fixed_exit:
     log:
         "logs/figure_fixed_exit/draw.log",
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         function="fig01_fixed_exit",
         data="evaluations",
@@ -44,7 +44,7 @@ rule figure_exit_weights:
     log:
         "logs/figure_exit_weights/draw.log",
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         function="fig03_exit_weights",
         data="models",
@@ -72,7 +72,7 @@ rule figure_loss_curves:
     log:
         "logs/figure_loss_curves/draw.log",
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         function="fig04_loss_curves",
         data="curves",
@@ -100,7 +100,7 @@ rule figure_agent_reward:
     log:
         "logs/figure_agent_reward/draw.log",
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         function="fig06_agent_reward",
         data="learning",
@@ -127,7 +127,7 @@ rule figure_optimal_exits:
     log:
         "logs/figure_optimal_exits/draw.log",
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         function="fig07_optimal_exits",
         data="learning",
@@ -156,7 +156,7 @@ rule figure_pair:
     wildcard_constraints:
         number=r"fig\d+",
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         function="pair_figures",
         data="evaluations",
@@ -184,7 +184,7 @@ rule figure_published_vs_measured:
     log:
         "logs/figure_published_vs_measured/draw.log",
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         function="published_vs_measured",
         data="published",
@@ -250,7 +250,7 @@ rule write_tables:
     log:
         "logs/write_tables.log",
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         datasets=DATASETS,
         models=MODELS,
