@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from greencode.episodes import Episodes, EpisodeSource
+from greencode.episodes import Episodes, EpisodeSource, check_episodes
 from greencode.errors import UserError
 from greencode.files import atomic
 from greencode.policies import ExitPolicy
@@ -312,38 +312,6 @@ def actions_agree(
         if not (np.abs(found - wanted) <= tolerance).all() or ((found > 0.5) != chosen)[clear].any():
             return False
     return True
-
-
-def check_episodes(episodes: EpisodeSource, validation: Episodes) -> None:
-    """Faults that would spoil a training.
-
-    Raises:
-        UserError: episodes that are none, not finite, or not of one model.
-    """
-    for name, split in (("train", episodes), ("validation", validation)):
-        if isinstance(split, Episodes):
-            if not len(split):
-                raise UserError(
-                    f"There are no episodes in the {name} split; record trajectories of more files."
-                )
-            if not np.isfinite(split.observations.sum(dtype=np.float64)):
-                raise UserError(
-                    f"The {name} trajectories contain numbers that are not finite; record them again."
-                )
-    alike = episodes.exit_points == validation.exit_points and episodes.shape[1:] == validation.shape[1:]
-    if isinstance(episodes, Episodes):
-        alike = alike and (episodes.fingerprint, episodes.observation) == (
-            validation.fingerprint, validation.observation,
-        )  # fmt: skip
-    if not alike:
-        raise UserError(
-            "The train and validation trajectories are of different models or exit points; record both "
-            "with the same model."
-        )
-    if not episodes.shape[1]:
-        raise UserError(
-            "The model has no exit point before its final layer, so there is nothing to learn; add some."
-        )
 
 
 def _standard(episodes: EpisodeSource, settings: Settings) -> tuple[np.ndarray, np.ndarray] | None:

@@ -118,6 +118,31 @@ def check(config: dict[str, Any], root: str | Path = ".") -> None:
     for dataset in config["finetune"]["datasets"]:
         if dataset not in config["datasets"]:
             raise UserError(f"Configuration: finetune.datasets names {dataset!r}, which is not a dataset.")
+    for dataset in config["datasets"]:
+        _check_finetune(config, dataset, root)
+
+
+def _check_finetune(config: dict[str, Any], dataset: str, root: Path) -> None:
+    from greencode.models import check_window, read_config
+
+    block = finetune_of(config, dataset)
+    if block["launcher"] == "in-process" and (block["processes"] > 1 or block["fsdp"]):
+        raise UserError(
+            "Configuration: finetune.processes and finetune.fsdp need finetune.launcher: accelerate."
+        )
+    if block["fsdp"] and (block["processes"] == 1 or config["device"] == "cpu"):
+        raise UserError(
+            "Configuration: finetune.fsdp shards a model over GPUs; it needs two or more processes."
+        )
+    made = pretrained(config)
+    for model in config["models"].values():
+        if model.get("path") in made:
+            window = {"max_position_embeddings": config["pretrain"]["context"]}
+        elif "path" in model:
+            window = read_config(root / model["path"])
+        else:
+            continue  # known once it is fetched; the job asks again
+        check_window(window, block["sequence_length"], model["path"])
 
 
 def _check_source(name: str, source: dict[str, Any], root: Path) -> None:

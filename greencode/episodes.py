@@ -187,6 +187,38 @@ class Episodes:
             ) from None
 
 
+def check_episodes(episodes: EpisodeSource, validation: Episodes) -> None:
+    """Faults that would spoil a training.
+
+    Raises:
+        UserError: episodes that are none, not finite, or not of one model.
+    """
+    for name, split in (("train", episodes), ("validation", validation)):
+        if isinstance(split, Episodes):
+            if not len(split):
+                raise UserError(
+                    f"There are no episodes in the {name} split; record trajectories of more files."
+                )
+            if not np.isfinite(split.observations.sum(dtype=np.float64)):
+                raise UserError(
+                    f"The {name} trajectories contain numbers that are not finite; record them again."
+                )
+    alike = episodes.exit_points == validation.exit_points and episodes.shape[1:] == validation.shape[1:]
+    if isinstance(episodes, Episodes):
+        alike = alike and (episodes.fingerprint, episodes.observation) == (
+            validation.fingerprint, validation.observation,
+        )  # fmt: skip
+    if not alike:
+        raise UserError(
+            "The train and validation trajectories are of different models or exit points; record both "
+            "with the same model."
+        )
+    if not episodes.shape[1]:
+        raise UserError(
+            "The model has no exit point before its final layer, so there is nothing to learn; add some."
+        )
+
+
 def write_safetensors(path: str | Path, head: dict, tensors: dict[str, np.ndarray]) -> None:
     """Write arrays and a header for `read_safetensors`, whole or not at all, the same bytes every time."""
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from greencode import models
 from greencode.corpus import Record
@@ -119,19 +120,21 @@ class MultiExitTrainer(Trainer):
         """Loss and next-token accuracy of each exit on the validation blocks: `eval_exit_4`,
         `eval_accuracy_4`, ..., and their weighted mean `eval_loss`; logged as the Trainer does."""
         model = self.model.eval()
-        losses, hits, blocks = 0.0, 0.0, 0
+        blocks = []
         for batch in self.get_eval_dataloader(eval_dataset):
             ids = batch["input_ids"].to(self.args.device)
-            with torch.inference_mode(), self.compute_loss_context_manager():
-                logits = torch.stack(
-                    [read().flatten(0, 1) for read in _exit_readers(model, ids, self.points)]
-                )
-            target = ids[:, 1:].reshape(-1)
-            nats = torch.stack([functional.cross_entropy(exit_logits, target) for exit_logits in logits])
-            losses += nats.cpu() * len(ids)
-            hits += (logits.argmax(-1) == target).float().mean(-1).cpu() * len(ids)
-            blocks += len(ids)
-        losses, hits = losses / blocks, hits / blocks
+            target = ids[:, 1:]
+            rows = []  # of each exit: loss and accuracy [B, 2]
+            # Not in inference mode, whose tensors FSDP cannot use again in training.
+            with torch.no_grad(), self.compute_loss_context_manager():
+                for read in _exit_readers(model, ids, self.points):
+                    logits = read()
+                    nats = functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+                    hits = (logits.argmax(-1) == target).float()
+                    rows.append(torch.stack([nats.mean(1), hits.mean(1)], dim=1))
+            # All processes take equally many blocks; those taken twice to that end are left out here.
+            blocks.append(self.accelerator.gather_for_metrics(torch.stack(rows, dim=1)).cpu())
+        losses, hits = torch.cat(blocks).mean(0).unbind(-1)
         report = {f"{metric_key_prefix}_loss": float((self.weights * losses).sum() / self.weights.sum())}
         for point, loss, hit in zip(self.points, losses.tolist(), hits.tolist(), strict=True):
             report[f"{metric_key_prefix}_exit_{point}"] = loss
@@ -142,11 +145,29 @@ class MultiExitTrainer(Trainer):
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs and self.exit_batches:
-            means = (self.exit_sums / self.exit_batches).tolist()
+            means = (self.exit_sums / self.exit_batches).to(self.args.device)
+            means = self.accelerator.reduce(means, "mean").tolist()
             logs.update({f"exit_{p}": round(mean, 4) for p, mean in zip(self.points, means, strict=True)})
             self.exit_sums.zero_()
             self.exit_batches = 0
         super().log(logs, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Each process saves its own; the first goes on to write the state that makes a checkpoint whole."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+
+def shard(model: PreTrainedModel, bf16: bool) -> None:
+    """Shard a model's weights over all processes, in place (FSDP2): a unit per layer, the rest in the root.
+
+    accelerate, which would do it otherwise, makes a unit of final norm and LM head. Each exit uses them,
+    and after the backward pass of one their weights would be freed under the others.
+    """
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -193,21 +214,30 @@ def finetune(
 ) -> None:
     """Fine-tune a base model for early exit and write a model directory with its loss curve.
 
+    Each process of a launch (see `greencode.launch`) calls it; they share every step's batch, and the first
+    of them writes.
+
     Args:
         base: model directory, tokenizer included.
         train, validation: packed blocks [n, block] of token ids.
         settings: the configuration's `finetune` block, with `exit_points` ending at N.
         checkpoints: folder for intermediate states, keyed by the caller; an interrupted run goes on
             from the last one there.
+        threads: CPU threads of each process.
         out: gets config, safetensors, tokenizer and `loss_curve.json`: training and validation loss per
             exit and step, tokens seen, weights.
+
+    Raises:
+        UserError: the model's window is shorter than a block, or there is nothing to shard on.
     """
     torch.set_num_threads(threads)
     on_gpu = device.startswith("cuda")
+    last = last_checkpoint(checkpoints)
     model = models.load(base, dtype=torch.float32)
+    models.check_window(model.config.to_dict(), train.shape[1], base)
     points = tuple(settings["exit_points"])
     weights = lite_weights(points, tuple(settings["budgets"]), settings["decay"])
-    batch = settings["batch_size"] * settings["accumulation"]
+    batch = settings["batch_size"] * settings["accumulation"] * settings["processes"]
     per_epoch = math.ceil(len(train) / batch)
     steps = math.ceil(settings["epochs"] * per_epoch)
     arguments = TrainingArguments(
@@ -221,11 +251,14 @@ def finetune(
         warmup_steps=settings["warmup_steps"],
         weight_decay=settings["weight_decay"],
         bf16=settings["bf16"],
-        gradient_checkpointing=settings["gradient_checkpointing"],
+        activation_checkpointing=settings["gradient_checkpointing"],
+        fsdp=settings["fsdp"] or None,
+        ddp_find_unused_parameters=False,
         seed=seed,
         data_seed=seed,
         eval_strategy="steps",
         eval_steps=settings["evaluate_every"],
+        eval_on_start=last is None,  # afterwards it is in the checkpoint's history
         logging_steps=settings["log_every"],
         save_steps=settings["save_every"],
         save_total_limit=1,
@@ -242,37 +275,42 @@ def finetune(
         weights=weights,
         recompute=settings["gradient_checkpointing"],
     )
-    last = last_checkpoint(checkpoints)
-    before = trainer.evaluate()
+    if settings["fsdp"]:
+        if not trainer.is_fsdp_enabled:
+            raise UserError("finetune.fsdp: accelerate shards models on GPUs only; set it to false.")
+        shard(model, settings["bf16"])
     trainer.train(resume_from_checkpoint=last and str(last))
-    # The Trainer evaluates after the last step too.
-    after = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
-
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    dtype = getattr(torch, settings["save_dtype"])
-    models.save(trainer.accelerator.unwrap_model(trainer.model).to(dtype), out)
-    for file in Path(base).iterdir():
-        if file.name.startswith(TOKENIZER_FILES):
-            shutil.copy(file, out / file.name)
-    epochs, rest = divmod(trainer.state.global_step, per_epoch)
-    write_json(
-        out / "loss_curve.json",
-        {
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, whatever holds the shards
+    if trainer.is_world_process_zero():
+        tuned = models.load(base, dtype=getattr(torch, settings["save_dtype"]))
+        tuned.load_state_dict(state)
+        out = Path(out)
+        out.mkdir(parents=True, exist_ok=True)
+        models.save(tuned, out)
+        for file in Path(base).iterdir():
+            if file.name.startswith(TOKENIZER_FILES):
+                shutil.copy(file, out / file.name)
+        epochs, rest = divmod(trainer.state.global_step, per_epoch)
+        record = {
             "exit_points": list(points),
             "weights": list(weights),
             "tokens_seen": epochs * train.size + rest * batch * train.shape[1],
             "steps": trainer.state.global_step,
-            "validation_before": _without_prefix(before),
-            "validation_after": _without_prefix(after),
-            "curve": [
-                {k: v for k, v in entry.items() if k not in ("epoch", "grad_norm")}
-                for entry in trainer.state.log_history
-                if "loss" in entry or "eval_loss" in entry
-            ],
-        },
+        }
+        write_json(out / "loss_curve.json", record | _curve(trainer.state.log_history))
+    trainer.accelerator.end_training()
+
+
+def _curve(history: list[dict[str, float]]) -> dict[str, Any]:
+    """Of the Trainer's log: training and validation losses by step, and the latter before and after."""
+    validated = [entry for entry in history if "eval_loss" in entry]
+    before, after = (
+        {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+        for entry in (validated[0], validated[-1])  # the Trainer evaluates after the last step too
     )
-
-
-def _without_prefix(report: dict[str, float]) -> dict[str, float]:
-    return {key.removeprefix("eval_"): value for key, value in report.items() if key.startswith("eval_")}
+    curve = [
+        {key: value for key, value in entry.items() if key not in ("epoch", "grad_norm")}
+        for entry in history
+        if entry["step"] > 0 and ("loss" in entry or "eval_loss" in entry)
+    ]
+    return {"validation_before": before, "validation_after": after, "curve": curve}

@@ -95,6 +95,20 @@ def layer_count(config: dict[str, Any]) -> int:
     return int(config["num_hidden_layers"])
 
 
+def check_window(config: dict[str, Any], length: int, directory: str | Path) -> None:
+    """`length` tokens of fine-tuning fit into the window that a model's `config.json` states.
+
+    Raises:
+        UserError: they do not.
+    """
+    window = config.get("max_position_embeddings")
+    if window is not None and length > window:
+        raise UserError(
+            f"finetune.sequence_length is {length}, but {directory} reads at most {window} tokens "
+            f"(max_position_embeddings); set it to {window} or less."
+        )
+
+
 def load(
     directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, attention: str = "sdpa"
 ) -> PreTrainedModel:

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from greencode.agent import check_episodes
-from greencode.episodes import Episodes
+from greencode.episodes import Episodes, check_episodes
 from greencode.policies import ExitPolicy
 from greencode.results import versions
 

@@ -188,16 +188,6 @@ def test_files_about_the_repository_are_yaml(path):
     assert yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "envs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_conda_environments_repeat_the_lock(path):
-    # Some packages have a version for each Python, so a name can come twice.
-    lock = re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
-    pins = re.findall(r"- ([\w.-]+?)==?([\w.]+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    pins = {(name.removesuffix("-base"), version) for name, version in pins if name != "python"}
-    assert pins
-    assert pins <= {(name.lower(), version) for name, version in lock}
-
-
 def test_versions_agree():
     version = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]
     assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

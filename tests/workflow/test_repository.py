@@ -4,7 +4,6 @@ import ast
 import re
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -25,10 +24,6 @@ SHARED = {
     "generate_method": {"generate_base", "generate_full", "generate_fixed", "generate_agent"},
     "draw_figure": {name for name in RULES if name.startswith("figure_")},
 }
-# Imported within functions that only rules of other environments call: models.load, sources of kind hub,
-# downloads, and the name of the GPU in the provenance.
-LAZY = {("models", "torch"), ("corpus", "datasets"), ("hub", "huggingface_hub"), ("results", "torch")}
-INSTALLED = metadata.packages_distributions()
 
 
 def run(*command, folder=ROOT):
@@ -45,54 +40,6 @@ def of_rule(name):
     assert environment, f"rule {name} has no conda"
     assert script, f"rule {name} has no script"
     return environment[1], script[1]
-
-
-def packages(environment):
-    """Names and versions that an environment pins; conda's name for Python's matplotlib is another."""
-    *own, last = yaml.safe_load((ROOT / f"envs/{environment}.yaml").read_text())["dependencies"]
-    pins = [*own, *last["pip"]] if isinstance(last, dict) else [*own, last]
-    pairs = (re.fullmatch(r"([\w-]+?)(?:-base)?==?([\w.]+)", pin) for pin in pins if pin != "pip")
-    return dict(pair.groups() for pair in pairs)
-
-
-def closure(names):
-    """Packages with all that they depend on."""
-    found, todo = set(), list(names)
-    while todo:
-        name = canonicalize_name(todo.pop())
-        if name in found or name == "python":
-            continue
-        found.add(name)
-        needed = map(Requirement, metadata.requires(name) or [])
-        todo += [one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
-    return found
-
-
-def imports(script):
-    """(module, top-level name) of everything imported by a script and the greencode modules under it."""
-    todo, seen, found = [ROOT / f"workflow/scripts/{script}.py"], set(), set()
-    while todo:
-        path = todo.pop()
-        if path in seen:
-            continue
-        seen.add(path)
-        tree = ast.parse(path.read_text())
-        typing = [
-            n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)
-        ]
-        skipped = {inner for node in typing for inner in ast.walk(node)}
-        for node in ast.walk(tree):
-            if node in skipped or not isinstance(node, ast.Import | ast.ImportFrom):
-                continue
-            names = [alias.name for alias in node.names]
-            if isinstance(node, ast.ImportFrom):
-                names = [f"greencode.{n}" for n in names] if node.module == "greencode" else [node.module]
-            for top, _, below in (name.partition(".") for name in names):
-                if top == "greencode":
-                    todo.append(ROOT / f"greencode/{below}.py")
-                elif top not in sys.stdlib_module_names:
-                    found.add((path.stem, top))
-    return found
 
 
 def test_python_is_in_style():
@@ -145,25 +92,6 @@ def test_measured_rules_run_alone_here_and_on_a_cluster():
 
 def test_no_script_is_left_over():
     assert {path.stem for path in (ROOT / "workflow/scripts").glob("*.py")} == {of_rule(n)[1] for n in RULES}
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_the_environment_of_a_rule_has_all_that_its_script_imports(name):
-    environment, script = of_rule(name)
-    there = closure(packages(environment))
-    for module, imported in imports(script) - LAZY:
-        assert there & {canonicalize_name(package) for package in INSTALLED[imported]}, (
-            f"{module}: {imported}"
-        )
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "envs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_environments_pin_what_the_lock_has_for_their_python(path):
-    pins = packages(path.stem)
-    python = pins.pop("python")
-    where = {"python_version": python, "python_full_version": f"{python}.0"}
-    lock = {one.name: str(one.specifier) for one in LOCK if one.marker is None or one.marker.evaluate(where)}
-    assert {name: f"=={version}" for name, version in pins.items()}.items() <= lock.items()
 
 
 def test_figures_are_drawn_without_torch():

@@ -12,7 +12,7 @@ rule train_agent:
     # Before any measurement: these share the cores, and measured jobs need all of them.
     priority: 50
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/agent.yaml"
     threads: STUDY["threads"]
     resources:
         mem_mb=4000,

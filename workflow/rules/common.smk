@@ -208,6 +208,19 @@ def gpus(wildcards):
     return int(STUDY["device"].startswith("cuda"))
 
 
+# A launched fine-tuning has as many of everything as it has processes.
+def finetune_threads(wildcards):
+    return STUDY["threads"] * finetune_block(wildcards)["processes"]
+
+
+def finetune_gpus(wildcards):
+    return gpus(wildcards) * finetune_block(wildcards)["processes"]
+
+
+def finetune_memory(wildcards):
+    return 4000 * finetune_block(wildcards)["processes"]
+
+
 def fixed_of(model):
     """Methods of one depth for every token, the full one first."""
     return ["full", *(f"fixed-{depth}" for depth in EXITS[model][:-1])]

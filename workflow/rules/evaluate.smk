@@ -10,7 +10,7 @@ rule evaluate_method:
     group:
         "score_{model}_{dataset}"
     conda:
-        "../../envs/metrics.yaml"
+        "../../envs/evaluate.yaml"
     resources:
         mem_mb=1000,
         runtime=20,

@@ -13,11 +13,11 @@ rule finetune_model:
     # Before any measurement: these share the cores, and measured jobs need all of them.
     priority: 70
     conda:
-        "../../envs/torch.yaml"
-    threads: STUDY["threads"]
+        "../../envs/finetune.yaml"
+    threads: finetune_threads
     resources:
-        gpu=gpus,
-        mem_mb=4000,
+        gpu=finetune_gpus,
+        mem_mb=finetune_memory,
         runtime=1440,
     params:
         finetune=finetune_block,

@@ -13,7 +13,7 @@ rule train_policy:
     # Before any measurement: these share the cores, and measured jobs need all of them.
     priority: 50
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/frontier.yaml"
     threads: STUDY["threads"]
     resources:
         mem_mb=4000,
@@ -40,7 +40,7 @@ rule choose_thresholds:
         "benchmarks/choose_thresholds/{model}/{dataset}.tsv"
     priority: 40
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/frontier.yaml"
     resources:
         mem_mb=4000,
         runtime=60,
@@ -72,7 +72,7 @@ rule generate_frontier:
     group:
         "measure_{model}_{dataset}"
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/frontier.yaml"
     # Measured work runs alone: it holds the one meter and every core.
     threads: measured_threads
     resources:
@@ -136,7 +136,7 @@ rule figure_frontier:
     group:
         "report"
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/frontier.yaml"
     params:
         function="frontier",
         data="frontiers",
@@ -165,7 +165,7 @@ rule figure_calibration:
     group:
         "report"
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/frontier.yaml"
     params:
         function="fig12_calibration",
         data="frontiers",
@@ -219,7 +219,7 @@ rule write_frontier:
     group:
         "report"
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/frontier.yaml"
     params:
         code=code("write_frontier"),
     message:

@@ -15,7 +15,7 @@ rule generate_base:
     group:
         "measure_{model}_{dataset}"
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/generate.yaml"
     threads: measured_threads
     resources:
         meter=1,
@@ -44,7 +44,7 @@ rule generate_full:
     group:
         "measure_{model}_{dataset}"
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/generate.yaml"
     threads: measured_threads
     resources:
         meter=1,
@@ -73,7 +73,7 @@ rule generate_fixed:
     group:
         "measure_{model}_{dataset}"
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/generate.yaml"
     threads: measured_threads
     resources:
         meter=1,
@@ -104,7 +104,7 @@ rule generate_agent:
     group:
         "measure_{model}_{dataset}"
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/generate.yaml"
     threads: measured_threads
     resources:
         meter=1,
@@ -135,7 +135,7 @@ rule measure_overhead:
     group:
         "measure_{model}_{dataset}"
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/generate.yaml"
     threads: measured_threads
     resources:
         meter=1,

@@ -11,7 +11,7 @@ rule fetch_base_model:
     retries: 2
     localrule: True
     conda:
-        "../../envs/data.yaml"
+        "../../envs/models.yaml"
     params:
         model=model_block,
         code=code("fetch_base_model"),

@@ -4,7 +4,7 @@ rule train_tokenizer:
     log:
         "logs/train_tokenizer.log",
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/pretrain.yaml"
     params:
         pretrain={
             key: PRETRAIN.get(key)
@@ -31,7 +31,7 @@ rule pack_corpus:
     log:
         "logs/pack_corpus.log",
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/pretrain.yaml"
     params:
         pretrain={
             key: PRETRAIN.get(key)
@@ -59,7 +59,7 @@ rule pretrain_model:
     wildcard_constraints:
         shape=any_of(PRETRAIN.get("models", {})),
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/pretrain.yaml"
     threads: STUDY["threads"]
     resources:
         gpu=gpus,
@@ -95,7 +95,7 @@ rule validate_ngrams:
     log:
         "logs/validate_ngrams.log",
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/pretrain.yaml"
     resources:
         mem_mb=8000,
     params:
@@ -121,7 +121,7 @@ rule validate_model:
     wildcard_constraints:
         shape=any_of(PRETRAIN.get("models", {})),
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/pretrain.yaml"
     threads: STUDY["threads"]
     params:
         pretrain=VALIDATION,

@@ -21,7 +21,7 @@ rule figure_fixed_exit:
     group:
         "report"
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         function="fig01_fixed_exit",
         data="evaluations",
@@ -48,7 +48,7 @@ rule figure_exit_weights:
     group:
         "report"
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         function="fig03_exit_weights",
         data="models",
@@ -78,7 +78,7 @@ rule figure_loss_curves:
     group:
         "report"
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         function="fig04_loss_curves",
         data="curves",
@@ -108,7 +108,7 @@ rule figure_agent_reward:
     group:
         "report"
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         function="fig06_agent_reward",
         data="learning",
@@ -137,7 +137,7 @@ rule figure_optimal_exits:
     group:
         "report"
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         function="fig07_optimal_exits",
         data="learning",
@@ -168,7 +168,7 @@ rule figure_pair:
     group:
         "report"
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         function="pair_figures",
         data="evaluations",
@@ -198,7 +198,7 @@ rule figure_published_vs_measured:
     group:
         "report"
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         function="published_vs_measured",
         data="published",
@@ -266,7 +266,7 @@ rule write_tables:
     group:
         "report"
     conda:
-        "../../envs/plot.yaml"
+        "../../envs/report.yaml"
     params:
         datasets=DATASETS,
         models=MODELS,

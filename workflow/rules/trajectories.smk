@@ -13,7 +13,7 @@ rule record_trajectories:
     # Before any measurement: these share the cores, and measured jobs need all of them.
     priority: 60
     conda:
-        "../../envs/torch.yaml"
+        "../../envs/trajectories.yaml"
     threads: STUDY["threads"]
     resources:
         gpu=gpus,

@@ -6,6 +6,7 @@ from pathlib import Path
 from greencode import job
 from greencode.corpus import read_split
 from greencode.finetune import finetune, training_blocks
+from greencode.launch import launch
 from greencode.models import pick_device
 from greencode.results import config_hash
 from greencode.tokenise import load_tokenizer
@@ -20,8 +21,22 @@ def main(smk):
         tokenizer, read_split(smk.input.validation), block, block["validation_blocks"]
     )
     checkpoints = out / "checkpoints" / config_hash([block, smk.params.code])
-    device = pick_device(block["device"])
-    finetune(base, train, validation, block, block["seed"], device, smk.threads, checkpoints, out)
+    threads = max(smk.threads // block["processes"], 1)
+    arguments = {
+        "base": base,
+        "train": train,
+        "validation": validation,
+        "settings": block,
+        "seed": block["seed"],
+        "device": pick_device(block["device"]),
+        "threads": threads,
+        "checkpoints": checkpoints,
+        "out": out,
+    }
+    if block["launcher"] == "accelerate":
+        launch(finetune, arguments, block["processes"], threads, checkpoints)
+    else:
+        finetune(**arguments)
     shutil.rmtree(out / "checkpoints")
 
 
