@@ -1,6 +1,6 @@
 """Small base models from scratch: a tokenizer and two model shapes on a corpus of CodeXGLUE tokens.
 
-The bundled models under resources/models come from an earlier state of it (docs/base-models.md); today's:
+So the bundled models under resources/models were made (docs/base-models.md):
 `snakemake --cores all pretrain --configfile config/pretrain.yaml`. Plain next-token loss: exits are taught
 later, by `greencode.finetune`, unless a stage asks for them. Training goes through stages of growing depth
 and sequence length under one learning-rate schedule; what each choice is worth stands in
