@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, TrainingArguments
@@ -311,7 +311,8 @@ def test_a_run_killed_after_its_last_step_only_writes_its_results(bases, whole, 
 
 
 def in_each_process(arguments, stop):
-    """Fine-tune, up to step `stop` if given. FSDP on CPUs: accelerate has it for GPUs only, torch for both."""
+    """Fine-tune, up to step `stop` if given. With FSDP on CPUs: torch has it, accelerate on GPUs only."""
+    gathered = Accelerator.get_state_dict
     begun, step = AcceleratorState.__init__, MultiExitTrainer.training_step
 
     def on_cpus(self, *args, fsdp_plugin=None, **kwargs):
@@ -324,7 +325,11 @@ def in_each_process(arguments, stop):
             raise UserError("stopped")
         return step(self, *args, **kwargs)
 
+    def whole(self, *args, **kwargs):  # on a GPU, the copy to the CPU waits for what is gathered
+        return {name: tensor.clone() for name, tensor in gathered(self, *args, **kwargs).items()}
+
     AcceleratorState.__init__, MultiExitTrainer.training_step = on_cpus, stopping
+    Accelerator.get_state_dict = whole
     finetune(**arguments)
 
 
