@@ -253,6 +253,7 @@ def finetune(
         bf16=settings["bf16"],
         activation_checkpointing=settings["gradient_checkpointing"],
         fsdp=settings["fsdp"] or None,
+        fsdp_config={"auto_wrap_policy": "NO_WRAP"},  # see shard
         ddp_find_unused_parameters=False,
         seed=seed,
         data_seed=seed,

@@ -87,6 +87,7 @@ def stub_model(folder, family="llama", layers=8):
     """A model directory that passes the checks before a run; it holds no real weights."""
     folder.mkdir(parents=True)
     config = {"model_type": family, "num_hidden_layers": layers, "hidden_size": 32}
+    config |= {"max_position_embeddings": 2048}
     (folder / "config.json").write_text(json.dumps(config))
     save_file({"weight": np.zeros((2, 2), np.float32)}, folder / "model.safetensors")
 

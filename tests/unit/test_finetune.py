@@ -1,10 +1,13 @@
 """Multi-exit fine-tuning: the loss by hand, the Trainer around it, interruption and repetition."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, TrainingArguments
 
@@ -21,6 +24,7 @@ from greencode.finetune import (
     last_checkpoint,
     training_blocks,
 )
+from greencode.launch import launch
 from greencode.tokenise import load_tokenizer, pack, text_of, train_tokenizer
 
 torch.set_num_threads(1)
@@ -304,6 +308,101 @@ def test_a_run_killed_after_its_last_step_only_writes_its_results(bases, whole, 
     assert run(bases / "opt", tmp_path) == record
     assert steps == []
     assert all(torch.equal(weight, weights_of(folder)[name]) for name, weight in weights_of(tmp_path).items())
+
+
+def in_each_process(arguments, stop):
+    """Fine-tune, up to step `stop` if given. With FSDP on CPUs: torch has it, accelerate on GPUs only."""
+    gathered = Accelerator.get_state_dict
+    begun, step = AcceleratorState.__init__, MultiExitTrainer.training_step
+
+    def on_cpus(self, *args, fsdp_plugin=None, **kwargs):
+        begun(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    def stopping(self, *args, **kwargs):
+        if self.state.global_step + 1 == stop:
+            raise UserError("stopped")
+        return step(self, *args, **kwargs)
+
+    def whole(self, *args, **kwargs):  # on a GPU, the copy to the CPU waits for what is gathered
+        return {name: tensor.clone() for name, tensor in gathered(self, *args, **kwargs).items()}
+
+    AcceleratorState.__init__, MultiExitTrainer.training_step = on_cpus, stopping
+    Accelerator.get_state_dict = whole
+    finetune(**arguments)
+
+
+def launched(base, folder, monkeypatch, stop=None, **other):
+    """As `run` on 26 blocks, validated on 5, by two processes."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    settings = settings_of(launcher="accelerate", processes=2, **other)
+    arguments = {
+        "base": base, "train": blocks(26), "validation": blocks(5, seed=9), "settings": settings, "seed": 1,
+        "device": "cpu", "threads": 1, "checkpoints": folder / "checkpoints", "out": folder / "out",
+    }  # fmt: skip
+    launch(in_each_process, {"arguments": arguments, "stop": stop}, 2, 1, folder)
+    return read_json(folder / "out" / "loss_curve.json")
+
+
+def assert_same_training(one, two, folder_of_one, folder_of_two):
+    """Loss of every step and exit, and validation, within 1e-4 (logged means have four digits)."""
+    assert {key: two[key] for key in ("steps", "tokens_seen")} == {
+        key: one[key] for key in ("steps", "tokens_seen")
+    }
+    assert len(one["curve"]) == len(two["curve"]) == 8
+    for first, second in zip(one["curve"], two["curve"], strict=True):
+        assert second == pytest.approx(first, abs=1.01e-4)
+    for name in ("validation_before", "validation_after"):
+        assert two[name] == pytest.approx(one[name], abs=1e-4)
+    weights = weights_of(folder_of_one)
+    assert weights.keys() == weights_of(folder_of_two).keys()
+    for name, weight in weights_of(folder_of_two).items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-4)
+
+
+def of_one_process(base, folder, **other):
+    settings = settings_of(accumulation=2, **other)
+    finetune(
+        base, blocks(26), blocks(5, seed=9), settings, 1, "cpu", 1, folder / "checkpoints", folder / "out"
+    )
+    return read_json(folder / "out" / "loss_curve.json")
+
+
+def test_two_processes_train_as_one_with_twice_the_accumulation(bases, tmp_path, monkeypatch, capfd):
+    one = of_one_process(bases / "llama", tmp_path / "one")
+    capfd.readouterr()
+    two = launched(bases / "llama", tmp_path / "two", monkeypatch)
+    assert_same_training(one, two, tmp_path / "one", tmp_path / "two")
+    assert capfd.readouterr().out.count("'train_runtime'") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_go_on_from_their_checkpoint(bases, tmp_path, monkeypatch, capfd, fsdp):
+    one = of_one_process(bases / "llama", tmp_path / "one")
+    other = {"fsdp": fsdp, "gradient_checkpointing": True}
+    with pytest.raises(UserError, match=r"^stopped$"):
+        launched(bases / "llama", tmp_path / "two", monkeypatch, stop=6, **other)
+    assert last_checkpoint(tmp_path / "two" / "checkpoints").name == "checkpoint-4"
+    assert not (tmp_path / "two" / "out").exists()
+    capfd.readouterr()
+    two = launched(bases / "llama", tmp_path / "two", monkeypatch, **other)
+    said = capfd.readouterr().out
+    assert said.count("'loss'") == 2
+    assert_same_training(one, two, tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is wrong without a GPU")
+def test_nothing_to_shard_on_is_said(bases, tmp_path):
+    with pytest.raises(UserError, match=r"^finetune.fsdp: accelerate shards models on GPUs only"):
+        run(bases / "llama", tmp_path, fsdp=True)
+
+
+def test_a_block_longer_than_the_window_is_refused(bases, tmp_path):
+    long = np.ones((4, 33), np.int32)
+    with pytest.raises(UserError, match=r"sequence_length is 33, but .*llama reads at most 32 tokens"):
+        run(bases / "llama", tmp_path, train=long)
 
 
 def test_last_checkpoint_is_the_newest_whole_one(tmp_path):

@@ -31,6 +31,12 @@ FAULTS = {
         "Exit 12 is outside the model's layers 1..8",
     ),
     "other depth": (("models", "tiny", "layers"), 16, "models.tiny.layers is 16, but model has 8"),
+    "window": (
+        ("finetune", "sequence_length"),
+        4096,
+        "finetune.sequence_length is 4096, but model reads at most",
+    ),
+    "no launcher": (("finetune", "processes"), 2, "finetune.fsdp need finetune.launcher: accelerate"),
     "no model": (("models", "tiny", "path"), "nowhere", "nowhere is not a model directory"),
     "family": (("models", "tiny", "path"), "gpt2", "of family 'gpt2', which is not supported"),
     "truncated": (("models", "tiny", "path"), "cut", "cut/model.safetensors is truncated"),
