@@ -19,6 +19,7 @@ include: "workflow/rules/generate.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/pretrain.smk"
+include: "workflow/rules/provenance.smk"
 
 
 localrules:
@@ -32,6 +33,7 @@ rule figures:
     input:
         FIGURES,
         TABLES,
+        rules.write_manifest.output,
 
 
 rule tables:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,8 @@ def finetune(
         eval_strategy="steps",
         eval_steps=settings["evaluate_every"],
         logging_steps=settings["log_every"],
-        save_steps=settings["save_every"],
+        # On a step that is logged, or the next log of a resumed run would be the mean of fewer steps.
+        save_steps=math.ceil(settings["save_every"] / settings["log_every"]) * settings["log_every"],
         save_total_limit=1,
         report_to=[],
         disable_tqdm=True,
@@ -230,7 +232,8 @@ def finetune(
         weights=weights,
         recompute=settings["gradient_checkpointing"],
     )
-    last = last_checkpoint(checkpoints)
+    if last := last_checkpoint(checkpoints):
+        print(f"Going on from {last.name}", file=sys.stderr)
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=last and str(last))
     # The Trainer evaluates after the last step too.
