@@ -63,7 +63,9 @@ def run(main: Callable[[Any], None], snakemake: Any, online: bool = False, meter
 def _sentence(error: Exception) -> str | None:
     """What the system refused, also where a library tells it in words of its own."""
     if isinstance(error, OSError):
-        return f"{error.strerror or error}: {error.filename or 'while writing results'}."
+        # Of a copy the second name is the one that is written.
+        name = error.filename2 or error.filename or "while writing results"
+        return f"{error.strerror or error}: {name}."
     if refused := re.search(r"I/O error: (.+) \(os error \d+\)", str(error)):  # safetensors
         return f"{refused[1]}: while writing results."
     if re.search("PytorchStreamWriter|unexpected pos", str(error)):  # torch.save

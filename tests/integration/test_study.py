@@ -104,7 +104,9 @@ def test_the_manifest_has_every_file_and_what_every_job_cost(study):
     made = json.loads((study.folder / "results/manifest.json").read_text())
     files = {path.relative_to(study.folder).as_posix() for path in (study.folder / "results").rglob("*.*")}
     assert files == {*made["outputs"], "results/manifest.json"}
-    read = {f"{name}/{path.name}" for name in ("model", "sources") for path in (study.folder / name).iterdir()}
+    read = {
+        f"{name}/{path.name}" for name in ("model", "sources") for path in (study.folder / name).iterdir()
+    }
     assert set(made["inputs"]) == read | {"config/config.yaml", "resources/published_values.csv"}
     assert made["datasets"]["code"]["sha256"]
     assert {rule: cost["jobs"] for rule, cost in made["rules"].items()} == JOBS

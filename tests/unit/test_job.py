@@ -162,6 +162,12 @@ def test_an_error_of_the_system_names_the_file(smk, capsys):
     assert terminal == "finetune_model: Permission denied: results/a.json.\n"
 
 
+def test_of_a_copy_the_file_is_named_that_is_written(smk, capsys):
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model/a", None, "results/a")
+    terminal, _ = fail(smk, raises(error), capsys)
+    assert terminal == "finetune_model: No space left on device: results/a.\n"
+
+
 def write_safetensors():
     save_file({"a": np.zeros(100_000)}, "weights.safetensors")
 

@@ -37,10 +37,14 @@ def alive():
 
     All processes of a run share it; whoever gets it alone knows that no other run is at work here.
     """
-    handle = None
-    with contextlib.suppress(OSError):
+    try:
         Path(".snakemake").mkdir(exist_ok=True)
         handle = open(".snakemake/alive", "a")
+    except OSError as error:
+        sys.exit(
+            f"The study's folder cannot be written: {error.strerror}: {error.filename}."
+        )
+    with contextlib.suppress(OSError):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for leftover in Path(".snakemake/locks").glob("*.lock"):
