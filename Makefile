@@ -5,7 +5,7 @@ MODEL ?= llama-code
 DATASET ?= python
 BIN := .venv/bin
 
-.PHONY: figures test setup report serve bench lint format dry-run clean help
+.PHONY: figures test setup report verify serve bench lint format dry-run clean help
 
 figures: setup ## run the default study to every figure and table
 	$(BIN)/snakemake --cores $(CORES) figures
@@ -18,6 +18,9 @@ setup: ## install what is needed into .venv
 
 report: figures ## one HTML page with every figure and table
 	$(BIN)/snakemake --report report.html
+
+verify: setup ## whether results and their sources are as results/manifest.json records
+	@$(BIN)/python -m greencode.manifest verify
 
 serve: setup ## completions of MODEL on DATASET for editors, on 127.0.0.1:8000
 	$(BIN)/python -m greencode.serve --study config/config.yaml --model $(MODEL) --dataset $(DATASET) --on-long-input truncate

@@ -20,6 +20,7 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/frontier.smk"
 include: "workflow/rules/pretrain.smk"
+include: "workflow/rules/provenance.smk"
 
 
 localrules:
@@ -34,6 +35,7 @@ rule figures:
     input:
         FIGURES,
         TABLES,
+        rules.write_manifest.output,
 
 
 rule tables:

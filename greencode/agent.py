@@ -195,6 +195,7 @@ def train(
     """
     import torch
     from stable_baselines3 import PPO
+    from stable_baselines3.common.logger import Logger
     from stable_baselines3.common.utils import LinearSchedule
 
     from greencode.environment import VectorExitEnvironment
@@ -219,6 +220,8 @@ def train(
             seed=settings.seed,
             device="cpu",
         )
+        # Its own logger makes a folder in the system's temporary one, and leaves it there.
+        model.set_logger(Logger(folder=None, output_formats=[]))
         path = None if checkpoint_dir is None else Path(checkpoint_dir) / "checkpoint.pt"
         key = json.dumps(
             [asdict(settings), asdict(reward), validation.fingerprint, validation.observation,

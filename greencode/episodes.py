@@ -225,8 +225,6 @@ def write_safetensors(path: str | Path, head: dict, tensors: dict[str, np.ndarra
     with atomic(path) as temporary:
         # One metadata entry: safetensors writes several in no fixed order.
         save_file(tensors, temporary, metadata={"greencode": json.dumps(head, sort_keys=True)})
-        # safetensors puts a file of its own in place, readable by its owner only.
-        temporary.chmod(0o644)
 
 
 def read_safetensors(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import io
 import json
 import lzma
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -21,22 +23,68 @@ _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
 @contextlib.contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it takes the place of `path`.
+def staging(path: str | Path) -> Iterator[Path]:
+    """Yield an empty hidden folder beside `path`, this writer's alone, and delete it at the end.
 
-    A job killed at any moment leaves the old file or the new one, never half of one.
+    What a killed writer left in the folder is deleted by the next one of the same path; a lock, which ends
+    with its process, tells the killed from the living. A second writer at the same time gets a folder with
+    a name of its own, and so does every writer on a file system without locks.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    folder = path.with_name(f".{path.name}.partial")
+    with contextlib.suppress(FileExistsError):  # mkdir's exist_ok fails if the folder goes meanwhile
+        folder.mkdir()
+    handle = _lock(folder)
+    if handle is None:
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
     try:
-        yield temporary
-        temporary.chmod(0o644)  # mkstemp's 0600 would hide results from others
-        os.replace(temporary, path)
+        for leftover in folder.iterdir():
+            leftover.unlink()
+        yield folder
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """A handle that holds the folder until it is closed, or None if it cannot be had."""
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A writer that has just finished has deleted the folder that was opened here.
+        if os.path.samestat(os.fstat(handle), os.stat(folder)):
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:  # no locks here, so the folder is no one's
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    if handle is not None:
+        os.close(handle)
+    return None
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path with the name of `path`; on success what was written there takes its place.
+
+    A job killed at any moment leaves the old file or the new one, never half of one. Two writers at once
+    do not touch each other's half; the last to finish wins.
+    """
+    path = Path(path)
+    with staging(path) as folder:
+        temporary = folder / path.name
+        yield temporary
+        publish(temporary, path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Put a finished file in its place, readable by others: safetensors writes for the owner only."""
+    temporary.chmod(0o644)
+    os.replace(temporary, path)
 
 
 def open_text(path: str | Path, mode: str = "r") -> IO[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -261,7 +262,8 @@ def finetune(
         eval_steps=settings["evaluate_every"],
         eval_on_start=last is None,  # afterwards it is in the checkpoint's history
         logging_steps=settings["log_every"],
-        save_steps=settings["save_every"],
+        # On a step that is logged, or the next log of a resumed run would be the mean of fewer steps.
+        save_steps=math.ceil(settings["save_every"] / settings["log_every"]) * settings["log_every"],
         save_total_limit=1,
         report_to=[],
         disable_tqdm=True,
@@ -276,6 +278,8 @@ def finetune(
         weights=weights,
         recompute=settings["gradient_checkpointing"],
     )
+    if last:
+        print(f"Going on from {last.name}", file=sys.stderr)
     if settings["fsdp"]:
         if not trainer.is_fsdp_enabled:
             raise UserError("finetune.fsdp: accelerate shards models on GPUs only; set it to false.")

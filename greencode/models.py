@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from greencode.errors import UserError
-from greencode.files import atomic, read_json, sha256, write_json
+from greencode.files import atomic, publish, read_json, sha256, staging, write_json
 from greencode.hub import conversion, snapshot
 
 if TYPE_CHECKING:
@@ -142,8 +142,12 @@ def load(
 
 
 def save(model: PreTrainedModel, directory: str | Path) -> None:
-    """Write config and safetensors."""
-    model.save_pretrained(str(directory), safe_serialization=True)
+    """Write config and safetensors, each file whole or not at all."""
+    directory = Path(directory)
+    with staging(directory / "model") as folder:
+        model.save_pretrained(str(folder), safe_serialization=True)
+        for file in folder.iterdir():
+            publish(file, directory / file.name)
 
 
 def pick_device(device: str) -> str:

@@ -14,6 +14,7 @@ import ctypes
 import itertools
 import math
 import shutil
+import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -313,7 +314,8 @@ def _train_stage(model, stage, training, offset, total, data, checkpoints, devic
         logging_steps=training["log_every"],
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_steps=training["save_every"],
+        # On a step that is logged: see greencode.finetune.
+        save_steps=math.ceil(training["save_every"] / training["log_every"]) * training["log_every"],
         save_total_limit=1,
         report_to=[],
         disable_tqdm=True,
@@ -327,6 +329,8 @@ def _train_stage(model, stage, training, offset, total, data, checkpoints, devic
     trainer.model_accepts_loss_kwargs = False
     last = last_checkpoint(checkpoints)
     done = read_json(last / "trainer_state.json")["global_step"] if last else 0
+    if last:
+        print(f"Going on from {last}", file=sys.stderr)
     outcome = trainer.train(resume_from_checkpoint=last and str(last))
     return trainer.state.log_history, done, outcome.metrics["train_runtime"]
 

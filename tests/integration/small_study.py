@@ -3,9 +3,12 @@
 import contextlib
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -13,6 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from greencode.lexing import encode_tokens, plain_tokens
 from greencode.tokenise import text_of, train_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {
     "datasets": {"code": {"language": "python", "source": {"kind": "tree", "path": "sources"}}},
     "models": {"tiny": {"path": "model", "layers": 8}},
@@ -28,7 +32,7 @@ CONFIG = {
         "save_every": 2,
     },
     "trajectories": {"train_episodes": 16, "validation_episodes": 8, "new_tokens": 5, "batch_size": 8},
-    "agents": {"agent": {"preset": "small", "steps": 512, "environments": 4}},
+    "agents": {"agent": {"preset": "small", "steps": 2048, "environments": 4}},
     "thresholds": [0.5],
     "frontier": {
         "rules": {
@@ -86,6 +90,18 @@ def prepare(study):
     LlamaForCausalLM(config).save_pretrained(study.folder / "model")
     study.configure(CONFIG)
     return study
+
+
+class Named(SimpleNamespace):
+    """Named files that can be listed, as Snakemake's."""
+
+    def __iter__(self):
+        return iter(map(str, vars(self).values()))
+
+
+def run_script(name, stub):
+    """A rule's script in this process, as Snakemake runs it."""
+    runpy.run_path(str(ROOT / f"workflow/scripts/{name}.py"), {"snakemake": stub}, "__main__")
 
 
 @contextlib.contextmanager

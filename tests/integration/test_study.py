@@ -2,11 +2,12 @@
 
 import csv
 import json
-import time
+import subprocess
+import sys
 
 import pytest
 import torch
-from small_study import CONFIG, prepare, started
+from small_study import CONFIG
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from greencode.corpus import read_split
@@ -22,16 +23,15 @@ FIGURES = [
     "fig08_tiny_code",
     "published_vs_measured",
 ]
-TABLES = ["table1_datasets", "table2_models", "table3_ppo", "table4_overhead", "summary", "all_results"]
-
-
-def killed_when(study, pattern):
-    """Start the study and kill it with all its jobs as soon as a file of this pattern is there."""
-    with started(study) as run:
-        while not any(study.folder.glob(pattern)):
-            assert run.poll() is None, (study.folder / "started.txt").read_text()
-            time.sleep(0.02)
-    assert any((study.folder / ".snakemake/locks").iterdir())
+TABLES = [
+    "table1_datasets",
+    "table2_models",
+    "table3_ppo",
+    "table4_overhead",
+    "summary",
+    "all_results",
+    "cost",
+]
 
 
 def test_every_target_is_there(study):
@@ -91,6 +91,48 @@ def test_results_say_how_they_were_made(study):
         assert head["provenance"]["kv"] == ("full" if head["method"] in ("base", "full") else "deferred")
 
 
+JOBS = {
+    "prepare_corpus": 1, "fetch_base_model": 1, "finetune_model": 1, "record_trajectories": 1,
+    "train_agent": 1, "measure_overhead": 1, "generate_base": 1, "generate_full": 1, "generate_fixed": 1,
+    "generate_agent": 1, "evaluate_method": len(METHODS), "write_tables": 1, "figure_fixed_exit": 1,
+    "figure_exit_weights": 1, "figure_loss_curves": 1, "figure_agent_reward": 1, "figure_optimal_exits": 1,
+    "figure_pair": 1, "figure_published_vs_measured": 1,
+}  # fmt: skip
+
+
+def test_the_manifest_has_every_file_and_what_every_job_cost(study):
+    made = json.loads((study.folder / "results/manifest.json").read_text())
+    files = {path.relative_to(study.folder).as_posix() for path in (study.folder / "results").rglob("*.*")}
+    assert files == {*made["outputs"], "results/manifest.json"}
+    read = {
+        f"{name}/{path.name}" for name in ("model", "sources") for path in (study.folder / name).iterdir()
+    }
+    assert set(made["inputs"]) == read | {"config/config.yaml", "resources/published_values.csv"}
+    assert made["datasets"]["code"]["sha256"]
+    assert {rule: cost["jobs"] for rule, cost in made["rules"].items()} == JOBS
+    for cost in (*made["rules"].values(), made["total"]):
+        assert cost["seconds"] > 0
+        assert cost["cpu_seconds"] > 0
+        assert cost["memory_mb"] > 20
+        assert cost["joules"] > 0
+        assert cost["energy_source"]
+    assert "Not on record" not in made["total"]["energy_note"]
+    assert "Not measured" not in made["total"]["energy_note"]
+    assert made["total"]["joules"] == pytest.approx(sum(cost["joules"] for cost in made["rules"].values()))
+    assert made["total"]["grams_co2e"] == pytest.approx(made["total"]["joules"] / 3.6e6 * 473)
+
+
+def test_the_files_are_as_the_manifest_says(study):
+    command = [sys.executable, "-m", "greencode.manifest", "verify"]
+    done = subprocess.run(command, cwd=study.folder, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("All ")
+    with study.edited("results/figures/fig01_fixed_exit.csv", lambda text: text + b"\n"):
+        done = subprocess.run(command, cwd=study.folder, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith(": 1 differ (results/figures/fig01_fixed_exit.csv).\n")
+
+
 def test_the_scores_are_of_the_samples_asked_for(study):
     for method in METHODS:
         evaluation = Evaluation.read(study.folder / f"results/evaluation/tiny/code/{method}.json")
@@ -148,49 +190,6 @@ def test_the_report_has_captions_and_categories(study):
     for name in FIGURES:
         assert f"{name}.png" in report
     assert "tiny on code" in report
-
-
-@pytest.mark.slow
-def test_a_killed_run_is_completed_by_the_same_command(study, new_study):
-    killed = prepare(new_study("killed"))
-    for pattern in (
-        "logs/prepare_corpus/*",
-        "results/models/tiny/code/checkpoints/*/checkpoint-*",
-        "results/models/tiny/code/model.safetensors",
-        "logs/train_agent/*/*/*",
-        "results/generations/tiny/code/*.jsonl",
-    ):
-        killed_when(killed, pattern)
-    done = killed.snakemake("figures")
-    assert done.returncode == 0, done.stderr[-4000:]
-    for name in (
-        "data/code/[!.]*",
-        "models/tiny/code/*.safetensors",
-        "agents/tiny/code/agent/policy.safetensors",
-    ):
-        whole, again = (
-            {path.name: path.read_bytes() for path in (one.folder / "results").glob(name)}
-            for one in (study, killed)
-        )
-        assert whole
-        assert whole == again
-    for method in METHODS:
-        name = f"results/evaluation/tiny/code/{method}.json"
-        whole, again = (Evaluation.read(one.folder / name) for one in (study, killed))
-        assert (whole.quality, whole.depth_counts) == (again.quality, again.depth_counts)
-    assert list((killed.folder / "results").rglob("checkpoint*")) == []
-
-
-def test_a_run_beside_another_is_refused(new_study):
-    study = prepare(new_study("beside"))
-    with started(study) as first:
-        while not any(study.folder.glob("logs/prepare_corpus/*")):
-            assert first.poll() is None
-            time.sleep(0.02)
-        second = study.snakemake("figures")
-        assert second.returncode != 0
-        assert "Directory cannot be locked" in second.stderr
-        assert first.poll() is None
 
 
 @pytest.fixture(scope="module")

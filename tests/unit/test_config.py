@@ -168,7 +168,11 @@ def fault_of(config, root):
 @pytest.mark.parametrize(
     ("where", "value", "fault"),
     [
-        ("sed", 1, "unknown key 'sed' in the top level; known keys are agents, calibration, data,"),
+        (
+            "sed",
+            1,
+            "unknown key 'sed' in the top level; known keys are agents, calibration, carbon_intensity, data,",
+        ),
         ("finetune.epoch", 3, "unknown key 'epoch' in finetune; known keys are accumulation,"),
         ("data.max_files.dev", 3, "unknown key 'dev' in data.max_files; known keys are test, train, "),
         ("agents.a.reward.delta", 1, "unknown key 'delta' in agents.a.reward"),

@@ -1,14 +1,18 @@
 """Files are written whole or not at all, and read with one clear sentence when they are broken."""
 
+import contextlib
+import errno
 import gzip
 import json
 import lzma
 import os
-import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from greencode.errors import UserError
 from greencode.files import atomic, open_text, read_json, sha256, write_json, write_text
@@ -24,7 +28,8 @@ def test_atomic_puts_the_new_file_in_the_place_of_the_old_one(tmp_path):
     path = tmp_path / "deep" / "a.txt"
     for text in ("old", "new"):
         with atomic(path) as temporary:
-            assert temporary.parent == path.parent  # so that the last step is one rename
+            assert temporary.parent.parent == path.parent  # so that the last step is one rename
+            assert temporary.name == path.name  # so that writers can go by the suffix
             temporary.write_text(text)
         assert path.read_text() == text
     assert os.listdir(path.parent) == ["a.txt"]
@@ -45,26 +50,93 @@ def test_an_error_leaves_no_file_where_there_was_none(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_killed_writer_leaves_the_old_file(tmp_path):
+WRITER = """
+import sys
+from pathlib import Path
+from greencode.files import atomic
+with atomic(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    (temporary.parent / ".tmp0815").write_text("what a library has beside it")
+    print("written", flush=True)
+    sys.stdin.read()
+    temporary.write_text(sys.argv[2])
+"""
+
+
+@contextlib.contextmanager
+def writer(path, text):
+    """A process that has written half of a file and goes on when its stdin is closed."""
+    command = [sys.executable, "-c", WRITER, str(path), text]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout.readline() == "written\n"
+        yield process
+
+
+def test_a_killed_writer_leaves_the_old_file_and_the_next_one_clears_up(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    program = (
-        "import sys\nfrom greencode.files import atomic\n"
-        "with atomic(sys.argv[1]) as temporary:\n"
-        "    temporary.write_text('half')\n    print('written', flush=True)\n    sys.stdin.read()\n"
-    )
-    writer = subprocess.Popen(
-        [sys.executable, "-c", program, str(path)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
-    assert writer.stdout.readline() == "written\n"
-    writer.send_signal(signal.SIGKILL)
-    writer.communicate()
-    assert writer.returncode == -signal.SIGKILL
+    with writer(path, "never") as killed:
+        killed.kill()
     assert path.read_text() == "old"
-    write_text(path, "new")  # what the killed writer left is in no one's way
+    assert sorted(os.listdir(tmp_path)) == [".a.txt.partial", "a.txt"]
+    with atomic(path) as temporary:
+        assert os.listdir(temporary.parent) == []
+        temporary.write_text("new")
     assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_two_writers_at_once_do_not_touch_each_others_half(tmp_path):
+    path = tmp_path / "a.txt"
+    with writer(path, "slow") as slow:
+        with atomic(path) as temporary:
+            assert not temporary.exists()
+            temporary.write_text("quick")
+        assert path.read_text() == "quick"
+        slow.communicate()
+    assert slow.returncode == 0
+    assert path.read_text() == "slow"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_many_writers_of_one_file_leave_one_of_theirs_whole(tmp_path):
+    """Writers that begin while others end, with a library that puts files of its own in place."""
+    path = tmp_path / "a.safetensors"
+
+    def write(number):
+        for _ in range(20):
+            with atomic(path) as temporary:
+                save_file({"a": np.full(5000, number)}, temporary)
+            (values,) = load_file(path).values()
+            assert len(values) == 5000
+            assert (values == values[0]).all()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_writer_that_comes_as_another_ends_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    def taken_as_it_goes(handle, how):
+        (tmp_path / ".a.txt.partial").rmdir()
+
+    monkeypatch.setattr("fcntl.flock", taken_as_it_goes)
+    write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_others_may_read_what_was_written(tmp_path):

@@ -302,6 +302,18 @@ def test_an_interrupted_run_resumes_to_the_same_model(bases, whole, tmp_path, st
         torch.testing.assert_close(weights_of(tmp_path)[name], weight, rtol=0, atol=0)
 
 
+def test_a_resumed_run_logs_the_same_means(bases, tmp_path, steps):
+    """Losses are logged every third step, and a checkpoint between them would take their sums with it."""
+    uneven = {"log_every": 3, "save_every": 2}
+    whole = run(bases / "llama", tmp_path / "whole", **uneven)
+    steps[:] = [0]
+    with pytest.raises(KeyboardInterrupt):
+        run(bases / "llama", tmp_path / "killed", **uneven)
+    steps.clear()
+    assert run(bases / "llama", tmp_path / "killed", **uneven) == whole
+    assert steps == [4, 5, 6]
+
+
 def test_a_run_killed_after_its_last_step_only_writes_its_results(bases, whole, tmp_path, steps):
     folder, record = whole
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")

@@ -74,6 +74,7 @@ def scored(*methods, pairs=PAIRS):
     return generations | evaluated(*methods, pairs=pairs)
 
 
+MANIFEST = {"results/manifest.json", "results/tables/cost.csv"}
 # Figure 1 shows fixed exits, 3 and 4 fine-tuning, 6 and 7 the agent's training, 8 and on every method.
 SHOWS_AGENTS = ("fig06", "fig07", "fig08", "fig09", "published")
 SHOWS_METHODS = ("fig08", "fig09", "published")
@@ -106,7 +107,7 @@ def study(new_study, new_stub_model):
         path.touch()
     done = study.snakemake("--touch", "--forceall", "figures", cores=1)
     assert done.returncode == 0, done.stderr
-    assert set(outputs) == prepared("one", "two") | AFTER_FETCHING | figures()
+    assert set(outputs) == prepared("one", "two") | AFTER_FETCHING | figures() | MANIFEST
     return study
 
 
@@ -117,9 +118,11 @@ def config():
 
 
 def pending(study, config):
-    """Files that a run with this config would make."""
+    """Files that a run with this config would make, but for the manifest, which is made with any other."""
     study.configure(config)
-    return {name for name, _, anew in study.summary() if anew}
+    made = {name for name, _, anew in study.summary() if anew}
+    assert made & MANIFEST == (MANIFEST if made else set())
+    return made - MANIFEST
 
 
 def test_nothing_to_be_done(study, config):
@@ -174,6 +177,12 @@ def test_a_dropped_threshold_runs_nothing_but_tables_and_plots(study, config):
 def test_looks_re_run_the_figures(study, config, look):
     config["figures"] = look
     assert pending(study, config) == figures()
+
+
+def test_an_intensity_re_runs_the_manifest_only(study, config):
+    config["carbon_intensity"] = 50
+    study.configure(config)
+    assert {name for name, _, anew in study.summary() if anew} == MANIFEST
 
 
 def test_scoring_settings_re_run_the_scores(study, config):

@@ -38,10 +38,14 @@ def alive():
 
     All processes of a run share it; whoever gets it alone knows that no other run is at work here.
     """
-    handle = None
-    with contextlib.suppress(OSError):
+    try:
         Path(".snakemake").mkdir(exist_ok=True)
         handle = open(".snakemake/alive", "a")
+    except OSError as error:
+        sys.exit(
+            f"The study's folder cannot be written: {error.strerror}: {error.filename}."
+        )
+    with contextlib.suppress(OSError):
         # Only a run looks for leftovers: a job on another node may be unable to see the run's own hold.
         if workflow.is_main_process:
             with contextlib.suppress(BlockingIOError):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from greencode import job
 from greencode.corpus import read_split
+from greencode.energy import Meter
+from greencode.files import sha256
 from greencode.finetune import finetune, training_blocks
 from greencode.launch import launch
 from greencode.models import pick_device
@@ -20,7 +22,8 @@ def main(smk):
     validation = training_blocks(
         tokenizer, read_split(smk.input.validation), block, block["validation_blocks"]
     )
-    checkpoints = out / "checkpoints" / config_hash([block, smk.params.code])
+    made_of = [sha256(path) for path in (smk.input.base, smk.input.train, smk.input.validation)]
+    checkpoints = out / "checkpoints" / config_hash([block, smk.params.code, made_of])
     threads = max(smk.threads // block["processes"], 1)
     arguments = {
         "base": base,
@@ -41,4 +44,6 @@ def main(smk):
 
 
 if __name__ == "__main__":
-    job.run(main, snakemake)  # noqa: F821
+    # The CPU's counters would count the job beside this one too.
+    meter = Meter.open(pick_device(snakemake.params.finetune["device"]), allow=["nvml"])  # noqa: F821
+    job.run(main, snakemake, meter=meter)  # noqa: F821

@@ -53,4 +53,5 @@ def main(smk):
 
 
 if __name__ == "__main__":
-    job.run(main, snakemake)  # noqa: F821
+    meter = Meter.open(pick_device(snakemake.params.generate["device"]))  # noqa: F821
+    job.run(main, snakemake, meter=meter)  # noqa: F821

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from greencode import generate, job
 from greencode.corpus import read_split
+from greencode.energy import Meter
 from greencode.engine import OBSERVATION, Engine
 from greencode.files import write_json
 from greencode.models import fingerprint, load, pick_device
@@ -41,4 +42,5 @@ def main(smk):
 
 
 if __name__ == "__main__":
-    job.run(main, snakemake)  # noqa: F821
+    meter = Meter.open(pick_device(snakemake.params.generate["device"]))  # noqa: F821
+    job.run(main, snakemake, meter=meter)  # noqa: F821

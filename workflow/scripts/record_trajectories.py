@@ -4,6 +4,7 @@ from pathlib import Path
 
 from greencode import job
 from greencode.corpus import read_split
+from greencode.energy import Meter
 from greencode.engine import Engine
 from greencode.models import fingerprint, load, pick_device
 from greencode.tokenise import encode, load_tokenizer
@@ -35,4 +36,6 @@ def main(smk):
 
 
 if __name__ == "__main__":
-    job.run(main, snakemake)  # noqa: F821
+    # The CPU's counters would count the job beside this one too.
+    meter = Meter.open(pick_device(snakemake.params.trajectories["device"]), allow=["nvml"])  # noqa: F821
+    job.run(main, snakemake, meter=meter)  # noqa: F821

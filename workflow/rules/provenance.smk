@@ -1,0 +1,79 @@
+import os
+
+# Base models that the study makes itself.
+MADE = [
+    Path(model["path"]).name
+    for model in STUDY["models"].values()
+    if model.get("path") in study.pretrained(STUDY)
+]
+# Every file of the study, stage by stage.
+OUTPUTS = [
+    *(
+        [
+            *rules.train_tokenizer.output,
+            *rules.pack_corpus.output,
+            *rules.validate_ngrams.output,
+            *expand(rules.pretrain_model.output, shape=MADE),
+            *expand(rules.validate_model.output, shape=MADE),
+        ]
+        if MADE
+        else []
+    ),
+    *expand(rules.prepare_corpus.output, dataset=DATASETS),
+    *expand(rules.fetch_base_model.output, model=MODELS),
+    *expand(rules.finetune_model.output, model=MODELS, dataset=DATASETS),
+    *expand(rules.record_trajectories.output, model=MODELS, dataset=DATASETS),
+    *expand(rules.train_agent.output, model=MODELS, dataset=DATASETS, agent=AGENTS),
+    *expand(
+        rules.measure_overhead.output, model=MODELS, dataset=DATASETS, agent=AGENTS
+    ),
+    *[
+        f"results/generations/{model}/{dataset}/{method}.jsonl"
+        for model, dataset in PAIRS
+        for method in methods_of(model)
+    ],
+    *evaluations_of(MODELS, DATASETS),
+    *FIGURES,
+    *TABLES,
+    "results/tables/summary.md",
+]
+SOURCES = [
+    *(
+        path
+        for dataset in STUDY["datasets"].values()
+        for path in files_at(dataset["source"].get("path"))
+    ),
+    *(
+        path
+        for model in STUDY["models"].values()
+        if model.get("path") not in study.pretrained(STUDY)
+        for path in files_at(model.get("path"))
+    ),
+    PUBLISHED,
+]
+
+
+rule write_manifest:
+    input:
+        outputs=OUTPUTS,
+        sources=SOURCES,
+    output:
+        manifest="results/manifest.json",
+        cost=report(
+            "results/tables/cost.csv",
+            caption="../report/tables.rst",
+            category="6 Tables",
+            labels={"table": "", "shows": "What the study itself cost"},
+        ),
+    log:
+        "logs/write_manifest.log",
+    conda:
+        "../../envs/provenance.yaml"
+    params:
+        study=STUDY,
+        configs=[os.path.relpath(path) for path in workflow.configfiles],
+        code=code("write_manifest"),
+    message:
+        "Writing how the study's files were made, and what they cost"
+    script:
+        "../scripts/write_manifest.py"
