@@ -546,17 +546,19 @@ def _sentences(record: Mapping[str, Any]) -> Iterable[str]:
         + f"{savings['oracle', 'agreement', 'hypervolume']['value']:.3f}."
     )
     clear = [row for row in record["tests"] if row["metric"] == "agreement" and row["p_holm"] < 0.05]
+    above: dict[str, dict[str, list[str]]] = {}
+    for row in clear:
+        winner, loser = (row["rule"], row["against"])[:: 1 if row["value"] > 0 else -1]
+        if loser != "random":
+            above.setdefault(winner, {}).setdefault(loser, []).append(f"{row['share']:.0%}")
     told = [
-        f"{row['rule'] if row['value'] > 0 else row['against']} above "
-        f"{row['against'] if row['value'] > 0 else row['rule']} at {row['share']:.0%} of the layers "
-        f"({abs(row['value']):.3f}, p = {row['p_holm']:.2g})"
-        for row in clear
-        if "random" not in (row["rule"], row["against"])
+        f"{winner} above " + ", ".join(f"{loser} (at {' and '.join(at)})" for loser, at in losers.items())
+        for winner, losers in above.items()
     ]
     yield (
-        f"Differences in agreement at equal depth that chance hardly explains (Holm, 5 %), of "
-        f"{sum(row['metric'] == 'agreement' for row in record['tests'])} tested and but for those with the "
-        f"random rule: {'; '.join(told) if told else 'none'}."
+        f"Differences in agreement at equal depth that chance hardly explains (Holm, 5 %, of "
+        f"{len(record['tests'])} tests; shares of the layers in brackets; those with the random rule left "
+        f"out): {'; '.join(told) if told else 'none'}."
     )
     kept = [row for row in record["calibration"] if row["threshold"] is not None]
     held = sum(row["obtained_value"] >= row["target"] for row in kept)
