@@ -246,3 +246,55 @@ def test_fetch_of_truncated_weights_writes_nothing(tiny, tmp_path):
     with pytest.raises(UserError, match="truncated"):
         models.fetch(source(tiny), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# --- layouts of the hub -------------------------------------------------------------------------------
+
+
+def test_a_model_of_the_hub_is_fetched_as_a_local_one(tiny, made, tmp_path, stand_in_hub):
+    shard(tiny)
+    (tiny / "original").mkdir()
+    (tiny / "original/params.json").write_text("{}")
+    (tiny / "pytorch_model.bin").write_text("a pickle")
+    commit = stand_in_hub.add("one/model", tiny)
+    origin = {key: value for key, value in source(tiny).items() if key != "path"} | {"hub": "one/model"}
+    models.fetch(origin, tmp_path / "hub")
+    models.fetch(source(tiny), tmp_path / "local")
+    local, hub = (read_json(tmp_path / name / "info.json") for name in ("local", "hub"))
+    assert hub["source"] == {"hub": "one/model", "revision": "main", "commit": commit}
+    assert {key: value for key, value in hub.items() if key != "source"} == {
+        key: value for key, value in local.items() if key != "source"
+    }
+    assert "generation_config.json" in hub["files"]
+    assert not {"pytorch_model.bin", "params.json"} & set(stand_in_hub.downloads())
+    ids = torch.arange(8)[None]
+    with torch.inference_mode():
+        expected, found = (models.load(path)(ids).logits for path in (made, tmp_path / "hub"))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_hub_model_without_safetensors_is_refused_and_not_downloaded(tiny, tmp_path, stand_in_hub):
+    torch.save(load_file(tiny / "model.safetensors"), tiny / "pytorch_model.bin")
+    (tiny / "model.safetensors").unlink()
+    stand_in_hub.add("one/model", tiny)
+    origin = {"hub": "one/model", "revision": "main", "layers": 4, "exit_points": [4]}
+    with pytest.raises(
+        UserError, match=r"^one/model holds no safetensors at main, .*name a revision that has"
+    ):
+        models.fetch(origin, tmp_path / "out")
+    assert "pytorch_model.bin" not in stand_in_hub.downloads()
+    assert not (tmp_path / "out").exists()
+
+
+def test_opt_weights_may_be_named_as_in_the_hubs_first_releases(tmp_path):
+    """Without `model.` and with the tied head left out, as in the files that were converted from pickles."""
+    models.save(new_model(SHAPE | {"family": "opt"}, 32, 64, 0, 1, seed=0), tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    weights = load_file(tmp_path / "new/model.safetensors")
+    renamed = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    assert set(renamed).isdisjoint(weights)
+    save_file(renamed, tmp_path / "old/model.safetensors", metadata={"format": "pt"})
+    ids = torch.arange(8)[None]
+    with torch.inference_mode():
+        expected, found = (models.load(tmp_path / name)(ids).logits for name in ("new", "old"))
+    torch.testing.assert_close(found, expected)

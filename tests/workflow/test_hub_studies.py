@@ -149,7 +149,7 @@ def test_models_and_data_come_from_the_hub_and_the_rest_needs_no_network(new_stu
         "results/data/java/source.json",
         "results/data/java/manifest.json",
     )
-    refused = run(study, "paper", hub, model, "--retries", "0", HF_TOKEN="")
+    refused = run(study, "paper", hub, model, HF_TOKEN="")
     assert refused.returncode != 0
     assert "fetch_base_model: The model meta-llama/Llama-3.2-3B is gated: accept" in refused.stderr
     assert "Traceback" not in refused.stdout + refused.stderr
@@ -191,7 +191,7 @@ def test_of_pickles_the_download_says_where_safetensors_are(new_study, hub, tmp_
     changed = yaml.safe_load((study.folder / "small.yaml").read_text())
     changed["models"]["opt-125m"]["revision"] = "pickles"
     (study.folder / "small.yaml").write_text(yaml.safe_dump(changed))
-    done = run(study, "small-hub", hub, "results/models/opt-125m/base/info.json", "--retries", "0")
+    done = run(study, "small-hub", hub, "results/models/opt-125m/base/info.json")
     assert done.returncode != 0
     assert (
         "facebook/opt-125m holds no safetensors at pickles, and pickles are not read; its pull request"
