@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -241,6 +242,9 @@ def finetune(
     batch = settings["batch_size"] * settings["accumulation"] * settings["processes"]
     per_epoch = math.ceil(len(train) / batch)
     steps = math.ceil(settings["epochs"] * per_epoch)
+    no_shards = UserError("finetune.fsdp: accelerate shards models on GPUs only; set it to false.")
+    if settings["fsdp"] and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise no_shards  # the Trainer would refuse in words of its own
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=min(settings["max_steps"] or steps, steps),  # the Trainer's own limit overrides epochs
@@ -282,7 +286,7 @@ def finetune(
         print(f"Going on from {last.name}", file=sys.stderr)
     if settings["fsdp"]:
         if not trainer.is_fsdp_enabled:
-            raise UserError("finetune.fsdp: accelerate shards models on GPUs only; set it to false.")
+            raise no_shards
         shard(model, settings["bf16"])
     trainer.train(resume_from_checkpoint=last and str(last))
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, whatever holds the shards

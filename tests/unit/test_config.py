@@ -23,7 +23,7 @@ SHAPE = {"family": "llama", "layers": 8, "hidden": 16, "heads": 2, "feed_forward
 def root(tmp_path_factory):
     """A folder with a model and a dataset, which relative paths of the configuration name."""
     folder = tmp_path_factory.mktemp("root")
-    models.save(new_model(SHAPE, 32, 64, 0, 1, seed=0), folder / "model")
+    models.save(new_model(SHAPE, 32, 512, 0, 1, seed=0), folder / "model")
     (folder / "data.jsonl").write_text("")
     (folder / "gpt2").mkdir()
     GPT2Config(n_layer=8).save_pretrained(folder / "gpt2")

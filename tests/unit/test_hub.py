@@ -161,7 +161,8 @@ def main(_):
     except Exception as error:
         print(type(error).__name__)
 
-job.run(main, SimpleNamespace(log=["log.txt"], rule="test"), online="online" in sys.argv)
+stub = SimpleNamespace(log=["log.txt"], rule="test", output=[], resources={})
+job.run(main, stub, online="online" in sys.argv)
 """
 
 
