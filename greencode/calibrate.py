@@ -17,7 +17,6 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -194,11 +193,6 @@ def main(arguments: list[str] | None = None) -> int:
         if one.reason:
             print(f"{one.reason[0].upper()}{one.reason[1:]}.", file=sys.stderr)
     return int(any(one.threshold is None for one in found))
-
-
-def as_rows(rule: str, found: list[Calibrated], rows: list[dict[str, Any]]) -> None:
-    """Append one table row per target."""
-    rows += [{"rule": rule} | asdict(one) for one in found]
 
 
 if __name__ == "__main__":

@@ -101,6 +101,8 @@ def check(config: dict[str, Any], root: str | Path = ".") -> None:
             _check_layers(name, model, made[model["path"]]["layers"])
         else:
             _check_model(name, model, root)
+    if both := sorted(set(config["agents"]) & set(config["frontier"]["rules"])):
+        raise UserError(f"Configuration: {both[0]} is an agent and a rule of the frontier; rename one.")
     for name in config["agents"]:
         for dataset in config["agents"][name]["datasets"]:
             if dataset not in config["datasets"]:

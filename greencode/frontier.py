@@ -22,8 +22,10 @@ from greencode.evaluate import cost
 from greencode.results import Generation, Interval
 from greencode.rules import Rule, replay
 
-QUALITY = ("agreement", "token_accuracy", "rougeL", "codebleu")
-"""The frontier's qualities: `agreement` is the share of positions with the full model's token."""
+MEANS = ("agreement", "token_accuracy", "rougeL")
+QUALITY = (*MEANS, "codebleu")
+"""The frontier's qualities: `agreement` is the share of positions with the full model's token. CodeBLEU is
+one of the whole corpus, the others are means over samples."""
 
 COSTS = ("layers", "seconds", "joules")
 
@@ -56,23 +58,28 @@ def agreements(generation: Generation, full: Generation) -> list[float]:
 
 
 def measure(
-    generation: Generation, full: Generation, seed: int = 0, resamples: int = 1000
+    generation: Generation,
+    full: Generation,
+    samples: Mapping[str, np.ndarray],
+    seed: int = 0,
+    resamples: int = 1000,
 ) -> dict[str, Interval]:
     """Quality and cost of one method, each with its 95 % interval over samples.
 
     Besides `QUALITY` and the costs: `time_saved`, the share of the full model's time on the same samples
     that the method did not take, and `layers_saved`; negative where it takes more.
+
+    Args:
+        samples: what `per_sample` returned for it.
     """
     done, reference = generation.completions, full.completions
-    scores = metrics.statistics(
+    scores = {name: metrics.mean(samples[name]) for name in MEANS}
+    scores |= metrics.statistics(
         [one.text for one in done],
         [one.reference_text for one in done],
         generation.language,
-        [one.tokens for one in done],
-        [one.reference for one in done],
-        metrics=[name for name in QUALITY if name != "agreement"],
+        metrics=[name for name in QUALITY if name not in MEANS],
     )
-    scores["agreement"] = metrics.mean(agreements(generation, full))
     for name, of in (("time_saved", lambda one: one.seconds), ("layers_saved", lambda one: sum(one.depths))):
         ours, theirs = [of(one) for one in done], [of(one) for one in reference]
         scores[name] = metrics.ratio(np.subtract(theirs, ours), theirs)
@@ -88,8 +95,6 @@ def measure(
 
 LEVELS = (0.99, 0.95, 0.9)
 """Shares of the full model's quality at which a saving is quoted."""
-
-_MEANS = ("agreement", "token_accuracy", "rougeL")
 
 
 def per_sample(generation: Generation, full: Generation) -> dict[str, np.ndarray]:
@@ -164,7 +169,7 @@ def summaries(
     rows = []
     for rule, methods in points.items():
         saved = [1 - means[method]["seconds"] / means["full"]["seconds"] for method in methods]
-        for quality in _MEANS:
+        for quality in MEANS:
             full = np.maximum(means["full"][quality], 1e-12)
             kept = [means[method][quality] / full for method in methods]
             clouds = [
@@ -254,11 +259,11 @@ def record(
     """
     full = generations["full"]
     scores = {rule.name: rule.scores(episodes) for rule in rules}
+    samples = {name: per_sample(generation, full) for name, generation in generations.items()}
     points = [
         point | {"metrics": {name: asdict(interval) for name, interval in found.items()}}
-        for point, found in _points(generations, episodes, scores, chosen["points"], seed, resamples)
+        for point, found in _points(generations, samples, episodes, scores, chosen["points"], seed, resamples)
     ]
-    samples = {name: per_sample(generation, full) for name, generation in generations.items()}
     of_rule: dict[str, dict[float, str]] = {}
     for point in points:
         if point["rule"] != "full":
@@ -282,7 +287,7 @@ def record(
     }
 
 
-def _points(generations, episodes, scores, chosen, seed, resamples):
+def _points(generations, samples, episodes, scores, chosen, seed, resamples):
     """Each method's name, rule, share and threshold, with everything measured of it."""
     layers = episodes.exit_points[-1]
     exits = np.array(episodes.exit_points[:-1])
@@ -302,8 +307,8 @@ def _points(generations, episodes, scores, chosen, seed, resamples):
         for point in chosen
     ]
     for row, scored, threshold in rows:
-        generation = generations[row["method"]]
-        found = measure(generation, generations["full"], seed, resamples)
+        name = row["method"]
+        found = measure(generations[name], generations["full"], samples[name], seed, resamples)
         yield row, found | teacher_forced(episodes, scored, threshold, seed, resamples)
 
 

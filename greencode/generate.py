@@ -5,18 +5,22 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from greencode.corpus import read_split
 from greencode.energy import Meter
 from greencode.engine import Completion as Decoded
 from greencode.engine import Engine, Policy
 from greencode.errors import UserError
+from greencode.models import load, pick_device
 from greencode.progress import progress
 from greencode.results import Completion, Generation, Provenance, device_name
-from greencode.tokenise import Sample, cut
+from greencode.tokenise import Sample, cut, encode, load_tokenizer
 
 
 def choose_samples(
@@ -46,6 +50,23 @@ def choose_samples(
     return [usable[index] for index in sorted(order)]
 
 
+def ready(
+    settings: dict[str, Any], directory: str | Path, test: str | Path
+) -> tuple[Engine, list[Sample], str]:
+    """The engine of a model directory, the samples of a test split, and the device, as settings ask for.
+
+    Torch's number of threads is set.
+    """
+    torch.set_num_threads(settings["threads"])
+    device = pick_device(settings["device"])
+    tokenizer = load_tokenizer(directory)
+    model = load(directory, device, getattr(torch, settings["dtype"]))
+    records = read_split(test)
+    files = list(encode(tokenizer, (record.code for record in records)))
+    samples = choose_samples(files, [record.id for record in records], settings, settings["seed"])
+    return Engine(model, settings["exit_points"], tokenizer), samples, device
+
+
 def run(
     engine: Engine,
     samples: Sequence[Sample],
@@ -63,31 +84,30 @@ def run(
     Args:
         about: `model`, `dataset`, `language`, `method` of the `Generation`.
     """
-    method = Method(policy, kv)
-    _warm_up(engine, samples, [method], settings, meter)
-    completions = _timed(engine, progress(samples, about["method"]), method, settings["new_tokens"], meter)
+    decoding = Decoding(kv, lambda number: policy)
+    _warm_up(engine, samples, [decoding], settings, meter)
+    shown = progress(samples, about["method"])
+    completions = _timed(engine, shown, decoding, settings["new_tokens"], meter)
     return _generation(engine, meter, completions, about, provenance)
 
 
 @dataclass(frozen=True)
-class Method:
-    """How completions are made.
+class Decoding:
+    """How a method makes its completions.
 
     Attributes:
-        policy: of every sample; or, if `for_sample` is given, None.
         kv: mode of the KV cache.
-        for_sample: the policy of one sample, by its number.
+        policy_of: exit policy of a sample, by its number.
     """
 
-    policy: Policy | None = None
-    kv: str = "deferred"
-    for_sample: Callable[[int], Policy] | None = None
+    kv: str
+    policy_of: Callable[[int], Policy | None]
 
 
 def run_side_by_side(
     engine: Engine,
     samples: Sequence[Sample],
-    methods: dict[str, Method],
+    methods: dict[str, Decoding],
     settings: dict[str, Any],
     meter: Meter,
     about: dict[str, Any],
@@ -114,27 +134,28 @@ def run_side_by_side(
                 engine, samples[start : start + block], methods[name], settings["new_tokens"], meter, start
             )
     return {
-        name: _generation(engine, meter, completions, about | {"method": name}, provenance)
+        name: _generation(
+            engine, meter, completions, about | {"method": name}, replace(provenance, kv=methods[name].kv)
+        )
         for name, completions in done.items()
     }
 
 
-def _warm_up(engine, samples, methods: Sequence[Method], settings: dict[str, Any], meter: Meter) -> None:
-    for method in methods:
+def _warm_up(engine, samples, decodings: Sequence[Decoding], settings: dict[str, Any], meter: Meter) -> None:
+    for decoding in decodings:
         for number, sample in enumerate(samples[: settings["warmup"]]):
-            _complete(engine, sample, method, number, settings["new_tokens"])
+            _complete(engine, sample, decoding, number, settings["new_tokens"])
     meter.measure_idle(settings["idle_seconds"])
 
 
-def _complete(engine: Engine, sample: Sample, method: Method, number: int, new_tokens: int) -> Decoded:
-    policy = method.policy if method.for_sample is None else method.for_sample(number)
-    return engine.complete(sample.context, new_tokens, policy, kv=method.kv)
+def _complete(engine: Engine, sample: Sample, decoding: Decoding, number: int, new_tokens: int) -> Decoded:
+    return engine.complete(sample.context, new_tokens, decoding.policy_of(number), kv=decoding.kv)
 
 
 def _timed(
     engine: Engine,
     samples: Iterable[Sample],
-    method: Method,
+    decoding: Decoding,
     new_tokens: int,
     meter: Meter,
     first: int = 0,
@@ -144,7 +165,7 @@ def _timed(
     with meter.window() as window:
         for number, sample in enumerate(samples, first):
             wall, cpu = time.perf_counter(), time.process_time()
-            done = _complete(engine, sample, method, number, new_tokens)
+            done = _complete(engine, sample, decoding, number, new_tokens)
             timed.append((sample, done, time.perf_counter() - wall, time.process_time() - cpu))
     joules = meter.share(window.energy, [seconds for *_, seconds, _ in timed])
     return [

@@ -125,9 +125,9 @@ class Curve:
     depth: np.ndarray
     agreement: np.ndarray
 
-    def at_depth(self, depth: float) -> float:
-        """The threshold whose mean depth is nearest, the more careful of two."""
-        return float(self.thresholds[np.abs(self.depth - depth).argmin()])
+    def nearest(self, depth: float) -> int:
+        """Index of the point whose mean depth is nearest, the more careful of two."""
+        return int(np.abs(self.depth - depth).argmin())
 
 
 def curve(episodes: Episodes, scores: np.ndarray, points: int = 200) -> Curve:
@@ -165,14 +165,13 @@ def operating_points(
     for rule in rules:
         found = curve(validation, rule.scores(validation))
         for share in shares:
-            threshold = found.at_depth(share * layers)
-            place = int(np.flatnonzero(found.thresholds == threshold)[0])
+            place = found.nearest(share * layers)
             rows.append(
                 {
                     "method": point_name(rule.name, share),
                     "rule": rule.name,
                     "share": share,
-                    "threshold": threshold,
+                    "threshold": float(found.thresholds[place]),
                     "depth": float(found.depth[place]),
                     "agreement": float(found.agreement[place]),
                 }

@@ -86,7 +86,8 @@ def train(episodes: Episodes, settings: Settings) -> ExitPolicy:
             seen = torch.from_numpy(np.ascontiguousarray(states[:, place]))
             layers, gain = _regress(seen, right[:, place] - onward, settings, settings.seed + place)
             networks.insert(0, layers)
-            onward = torch.where(gain > 0, right[:, place], onward)
+            if settings.price:  # else going on is never wrong, and a foretold gain is an error
+                onward = torch.where(gain > 0, right[:, place], onward)
     finally:
         torch.set_num_threads(threads)
     layers = [

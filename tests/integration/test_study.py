@@ -217,6 +217,9 @@ def test_every_rule_is_on_the_frontier(frontier):
 
 def test_every_rule_completed_the_same_samples(frontier):
     generations = read_generations(frontier.folder / "results/frontier/tiny/code/generations.jsonl.gz")
+    assert {one.method: one.provenance.kv for one in generations if one.provenance.kv != "deferred"} == {
+        "full": "full"
+    }
     by_method = {one.method: one.completions for one in generations}
     full = by_method["full"]
     for completions in by_method.values():

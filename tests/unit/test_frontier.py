@@ -11,6 +11,7 @@ from greencode.frontier import (
     holm,
     hypervolume,
     measure,
+    per_sample,
     saving_at,
     sign_flip_p,
     summaries,
@@ -41,14 +42,14 @@ HALF = generation("fixed-4", [[1, 2, 3, 4], [1, 9, 9, 9]], [[4] * 4] * 2, [0.5, 
 
 def test_measured():
     assert agreements(HALF, FULL) == [0.75, 0.25]
-    found = measure(HALF, FULL)
+    found = measure(HALF, FULL, per_sample(HALF, FULL))
     assert found["agreement"].value == 0.5
     assert found["token_accuracy"].value == 0.625
     assert found["time_saved"].value == 0.5
     assert found["layers_saved"].value == 0.5
     assert found["seconds"].value == 1
     assert "joules" not in found
-    assert measure(FULL, FULL)["agreement"].low == 1
+    assert measure(FULL, FULL, per_sample(FULL, FULL))["agreement"].low == 1
     fewer = generation("full", [[1, 2, 3, 4]], [[8] * 4], [1.0])
     with pytest.raises(UserError, match="different samples"):
         agreements(HALF, fewer)

@@ -115,7 +115,7 @@ def test_random_rule_runs_as_deep_as_asked():
     episodes = make()
     rule = Rule("r", "random", seed=3)
     found = curve(episodes, rule.scores(episodes))
-    depths, agreement = replay(episodes, rule.scores(episodes), found.at_depth(3))
+    depths, agreement = replay(episodes, rule.scores(episodes), found.thresholds[found.nearest(3)])
     assert depths.mean() == pytest.approx(3, abs=0.1)
     assert (found.depth[0], found.agreement[0]) == (6, 1)
     assert agreement.mean() < 0.8

@@ -5,17 +5,15 @@ from pathlib import Path
 import numpy as np
 
 from greencode import generate, job
-from greencode.corpus import read_split
 from greencode.energy import Meter
-from greencode.engine import OBSERVATION, Engine
+from greencode.engine import OBSERVATION
 from greencode.episodes import Episodes
 from greencode.files import read_json
-from greencode.generate import Method
-from greencode.models import fingerprint, load, pick_device
+from greencode.generate import Decoding
+from greencode.models import fingerprint, pick_device
 from greencode.policies import FixedExit, ScriptedExit
 from greencode.results import write_generations
 from greencode.rules import load_rules
-from greencode.tokenise import encode, load_tokenizer
 
 
 def episodes_of(engine, samples, new_tokens, directory, batch=16):
@@ -33,30 +31,25 @@ def episodes_of(engine, samples, new_tokens, directory, batch=16):
 
 def methods_of(engine, episodes, rules, points, kv, device):
     """Full depth, fixed exits, the oracle, and every rule at its thresholds."""
-    exits = engine.exit_points
-    methods = {"full": Method(kv="full" if kv != "none" else kv)}
-    methods |= {f"fixed-{depth}": Method(FixedExit(depth), kv) for depth in exits[:-1]}
+
+    def always(policy):
+        return Decoding(kv, lambda number: policy)
+
+    exits, by_name = engine.exit_points, {rule.name: rule for rule in rules}
     best = np.array(exits)[episodes.optimal_exits()]
-    methods["oracle"] = Method(kv=kv, for_sample=lambda number: ScriptedExit(best[number], exits))
-    by_name = {rule.name: rule for rule in rules}
+    methods = {"full": Decoding("full" if kv != "none" else kv, lambda number: None)}
+    methods |= {f"fixed-{depth}": always(FixedExit(depth)) for depth in exits[:-1]}
+    methods["oracle"] = Decoding(kv, lambda number: ScriptedExit(best[number], exits))
     for point in points:
-        rule = by_name[point["rule"]]
-        methods[point["method"]] = Method(rule.policy(point["threshold"], exits, device), kv)
+        policy = by_name[point["rule"]].policy(point["threshold"], exits, device)
+        methods[point["method"]] = always(policy)
     return methods
 
 
 def main(smk):
-    import torch
-
     block, names = smk.params.generate, smk.wildcards
-    torch.set_num_threads(block["threads"])
-    device = pick_device(block["device"])
     directory = Path(smk.input.weights).parent
-    tokenizer = load_tokenizer(directory)
-    engine = Engine(load(directory, device, getattr(torch, block["dtype"])), block["exit_points"], tokenizer)
-    records = read_split(smk.input.test)
-    files = list(encode(tokenizer, (record.code for record in records)))
-    samples = generate.choose_samples(files, [record.id for record in records], block, block["seed"])
+    engine, samples, device = generate.ready(block, directory, smk.input.test)
     episodes = episodes_of(engine, samples, block["new_tokens"], directory)
     rules = load_rules(smk.params.rules, smk.input.policies, episodes, block["seed"])
     points = read_json(smk.input.thresholds)["points"]
@@ -72,4 +65,5 @@ def main(smk):
 
 
 if __name__ == "__main__":
-    job.run(main, snakemake)  # noqa: F821
+    meter = Meter.open(pick_device(snakemake.params.generate["device"]))  # noqa: F821
+    job.run(main, snakemake, meter=meter)  # noqa: F821

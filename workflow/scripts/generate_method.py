@@ -7,12 +7,10 @@ policy, which `depth` or `agent` and `threshold` among the params decide.
 from pathlib import Path
 
 from greencode import generate, job
-from greencode.corpus import read_split
 from greencode.energy import Meter
-from greencode.engine import OBSERVATION, Engine
-from greencode.models import fingerprint, load, pick_device
+from greencode.engine import OBSERVATION
+from greencode.models import fingerprint, pick_device
 from greencode.policies import AgentExit, ExitPolicy, FixedExit
-from greencode.tokenise import encode, load_tokenizer
 
 
 def policy_of(smk, engine, directory, device):
@@ -26,18 +24,9 @@ def policy_of(smk, engine, directory, device):
 
 
 def main(smk):
-    import torch
-
     block, names = smk.params.generate, smk.wildcards
-    torch.set_num_threads(block["threads"])
-    device = pick_device(block["device"])
     directory = Path(smk.input.weights).parent
-    tokenizer = load_tokenizer(directory)
-    model = load(directory, device, getattr(torch, block["dtype"]))
-    engine = Engine(model, block["exit_points"], tokenizer)
-    records = read_split(smk.input.test)
-    files = list(encode(tokenizer, (record.code for record in records)))
-    samples = generate.choose_samples(files, [record.id for record in records], block, block["seed"])
+    engine, samples, device = generate.ready(block, directory, smk.input.test)
     policy = policy_of(smk, engine, directory, device)
     # A full-depth method runs with the plain cache, unless the study follows the uncached protocol.
     kv = "full" if policy is None and block["kv"] != "none" else block["kv"]

@@ -4,29 +4,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 from greencode import generate, job
-from greencode.corpus import read_split
 from greencode.energy import Meter
-from greencode.engine import OBSERVATION, Engine
+from greencode.engine import OBSERVATION
 from greencode.files import write_json
-from greencode.models import fingerprint, load, pick_device
+from greencode.models import fingerprint, pick_device
 from greencode.policies import AgentExit, ExitPolicy
-from greencode.tokenise import encode, load_tokenizer
 
 
 def main(smk):
-    import torch
-
     block, names = smk.params.generate, smk.wildcards
-    torch.set_num_threads(block["threads"])
-    device = pick_device(block["device"])
     directory = Path(smk.input.weights).parent
-    tokenizer = load_tokenizer(directory)
-    engine = Engine(load(directory, device, getattr(torch, block["dtype"])), block["exit_points"])
-    agent = ExitPolicy.load(smk.input.policy, fingerprint(directory), engine.exit_points, OBSERVATION)
-    records = read_split(smk.input.test)
-    files = list(encode(tokenizer, (record.code for record in records)))
     chosen = dict(block) | {"samples": block["overhead"]["samples"]}
-    samples = generate.choose_samples(files, [record.id for record in records], chosen, block["seed"])
+    engine, samples, device = generate.ready(chosen, directory, smk.input.test)
+    agent = ExitPolicy.load(smk.input.policy, fingerprint(directory), engine.exit_points, OBSERVATION)
     provenance = generate.provenance_of(engine, chosen, "deferred", block["seed"], block["threads"])
     cost = generate.measure_overhead(
         engine,
