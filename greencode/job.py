@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,6 @@ def run(main: Callable[[Any], None], snakemake: Any, online: bool = False, meter
             others that run beside it. The manifest estimates the rest from CPU seconds.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not online:
-        _go_offline()
     sentence = f"{snakemake.log[0]} cannot be written."
     with (
         contextlib.suppress(OSError),
@@ -44,7 +42,10 @@ def run(main: Callable[[Any], None], snakemake: Any, online: bool = False, meter
         contextlib.redirect_stderr(log),
     ):
         try:
-            with meter.window() if meter else contextlib.nullcontext() as window:
+            with (
+                contextlib.nullcontext() if online else _offline(),
+                meter.window() if meter else contextlib.nullcontext() as window,
+            ):
                 main(snakemake)
             _write_cost(snakemake, window and window.energy)
             return
@@ -60,12 +61,29 @@ def run(main: Callable[[Any], None], snakemake: Any, online: bool = False, meter
     sys.exit(1)
 
 
-def _go_offline() -> None:
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
     """Keep the hub's libraries from asking the hub, whether they are imported by now or will be."""
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    for module in ("huggingface_hub.constants", "datasets.config"):
-        if module in sys.modules:
-            sys.modules[module].HF_HUB_OFFLINE = True
+    variables = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    before = {name: os.environ.get(name) for name in variables}
+    flags = {module: module.HF_HUB_OFFLINE for module in _libraries()}
+    os.environ.update(dict.fromkeys(variables, "1"))
+    for module in flags:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        # For those who run several jobs in one process, as tests do.
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        for module in _libraries():
+            module.HF_HUB_OFFLINE = flags.get(module, before["HF_HUB_OFFLINE"] == "1")
+
+
+def _libraries() -> list[Any]:
+    """Modules, imported by now, that keep what the variables said when they were."""
+    names = ("huggingface_hub.constants", "datasets.config")
+    return [sys.modules[name] for name in names if name in sys.modules]
 
 
 def _sentence(error: Exception) -> str | None:

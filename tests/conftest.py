@@ -117,19 +117,3 @@ def new_study(studies):
 def new_stub_model():
     """Makes model directories without real weights."""
     return stub_model
-
-
-@pytest.fixture(autouse=True)
-def online_again():
-    """A job that runs in the tests' own process goes offline for good; the next test must not notice."""
-    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    before = {name: os.environ.get(name) for name in names}
-    yield
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    for module in ("huggingface_hub.constants", "datasets.config"):
-        if module in sys.modules and before["HF_HUB_OFFLINE"] is None:
-            sys.modules[module].HF_HUB_OFFLINE = False

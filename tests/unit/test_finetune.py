@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, TrainingArguments
 
@@ -324,24 +324,20 @@ def test_a_run_killed_after_its_last_step_only_writes_its_results(bases, whole, 
 
 def in_each_process(arguments, stop):
     """Fine-tune, up to step `stop` if given. With FSDP on CPUs: torch has it, accelerate on GPUs only."""
-    gathered = Accelerator.get_state_dict
     begun, step = AcceleratorState.__init__, MultiExitTrainer.training_step
 
     def on_cpus(self, *args, fsdp_plugin=None, **kwargs):
         begun(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     def stopping(self, *args, **kwargs):
         if self.state.global_step + 1 == stop:
             raise UserError("stopped")
         return step(self, *args, **kwargs)
 
-    def whole(self, *args, **kwargs):  # on a GPU, the copy to the CPU waits for what is gathered
-        return {name: tensor.clone() for name, tensor in gathered(self, *args, **kwargs).items()}
-
     AcceleratorState.__init__, MultiExitTrainer.training_step = on_cpus, stopping
-    Accelerator.get_state_dict = whole
     finetune(**arguments)
 
 
