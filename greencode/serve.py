@@ -32,7 +32,7 @@ from greencode import config, models
 from greencode.errors import UserError
 from greencode.exits import check_exit_points, exit_points
 from greencode.files import read_json
-from greencode.protocol import ExitPolicyName
+from greencode.parameters import ExitPolicyName
 
 if TYPE_CHECKING:
     from greencode.worker import Served

@@ -449,9 +449,9 @@ def test_a_worker_frees_every_slot_once():
     worker.state, worker.served = "ready", object()
 
     async def ask():
-        first, second = worker.admit(), worker.admit()
+        first, second = worker.admit(60), worker.admit(60)
         with pytest.raises(Exception, match="overloaded"):
-            worker.admit()
+            worker.admit(60)
         first.cancel("error")
         first.cancel("error")
         assert worker.in_flight == 1

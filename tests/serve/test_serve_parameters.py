@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from greencode.protocol import choose_sampling, error_body
+from greencode.parameters import Parameters, ServiceError, choose_sampling
+from greencode.replies import error_body
 
 PROMPT = {"inputs": "def add(a, b):\n"}
 EDITOR = {"max_new_tokens": 60, "temperature": 0.2, "top_p": 0.95}  # what the extension merges into a body
@@ -203,11 +204,10 @@ def test_what_is_no_object_is_refused(client, text):
     ],
 )
 def test_when_is_sampled(parameters, expected):
-    from greencode.protocol import Parameters
-
     chosen = choose_sampling(Parameters(**parameters))
     if expected and "temperature" in expected:
         expected = expected | {"repetition_penalty": 1.0}
+        assert 0 <= chosen.pop("seed") < 2**31
     assert chosen == expected
 
 
@@ -222,8 +222,6 @@ def test_a_seed_repeats_a_sample_and_is_reported(client):
 
 
 def test_errors_have_the_dialect_of_their_path():
-    from greencode.protocol import ServiceError
-
     error = ServiceError.invalid([{"loc": ("body", "seed"), "msg": "no", "type": "t"}])
     plain, openai = error_body("/generate", error, "id"), error_body("/v1/completions", error, "id")
     assert plain["error"] == "seed: no"
