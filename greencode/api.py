@@ -213,9 +213,7 @@ class Service:
             ids = ids[-longest:]
         if len(ids) > longest:
             raise refused(field, f"it has {len(ids)} tokens, and {longest} are read; send less or truncate")
-        if not ids:
-            raise refused(field, "it holds nothing to complete")
-        return ids, len(all_ids) - len(ids), writer, completable
+        return ids, len(all_ids) - len(ids), writer, completable and bool(ids)
 
     async def _frames(
         self, request: Request, job: Job, asked: Asked, dialect: Dialect, event: Piece | Outcome

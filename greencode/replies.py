@@ -137,7 +137,9 @@ class Details(Account):
     prefill: list[Token]
     tokens: list[Token]
     input_length: int
-    truncated: int = Field(description="Tokens of the prompt that were not read.")
+    truncated: int = Field(
+        description="Tokens of the prompt that were not read; at least, where a very long one was cut first."
+    )
 
 
 class GenerateResponse(BaseModel):

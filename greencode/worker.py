@@ -251,7 +251,7 @@ class Worker:
         capacity: requests admitted at a time, the running one included.
         finished: told of every outcome, on the loop.
         failed: told, in the thread, why the model could not be loaded.
-        ready: told, in the thread, of the model once it is loaded and warm.
+        ready: told, in the thread, of the model once it is loaded and warm, before it takes requests.
     """
 
     def __init__(
@@ -365,6 +365,7 @@ class Worker:
         try:
             served = self._load()
             self._warm_up(served)
+            self._ready(served)
             self.served = served
         except BaseException as error:
             self.state = "failed"
@@ -373,7 +374,6 @@ class Worker:
         with self._changed:
             if self.state == "loading":
                 self.state = "ready"
-        self._ready(served)
         while (job := self._next()) is not None:
             try:
                 event: Outcome | ServiceError = self._complete(served, job)

@@ -91,6 +91,35 @@ def test_a_threshold_that_nothing_uses_is_named(client):
     assert headers["x-ignored-parameters"] == "colour, exit_threshold, wat"
 
 
+def test_parameters_out_of_place_are_named(client):
+    body = {"parameters": {"stream": True, "parameters": {"details": True}}, "options": {"prompt": "x"}}
+    _, headers = post(client, **body)
+    assert headers["x-ignored-parameters"] == "options.prompt, parameters.stream"
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "listed"),
+    [
+        ("/generate", {"details": True}, False),
+        ("/generate", {}, True),
+        ("/generate", {"details": True, "stream": True}, True),
+        ("/v1/completions", {"details": True, "prompt": "x"}, True),
+    ],
+)
+def test_the_prompts_tokens_are_listed_or_the_wish_is_named(client, path, more, listed):
+    reply = client.post(path, json={**PROMPT, "decoder_input_details": True, **more})
+    ignored = reply.headers.get("x-ignored-parameters", "").split(", ")
+    assert ("decoder_input_details" in ignored) is listed
+    assert listed or reply.json()["details"]["prefill"]
+
+
+def test_a_route_of_two_prompts_takes_either_and_says_so(client):
+    for name in ("inputs", "prompt"):
+        assert client.post("/api/generate", json={name: "x = 1"}).status_code == 200
+    reply = client.post("/api/generate", json={"stream": False})
+    assert (reply.status_code, reply.json()["error"]) == (422, "body: inputs or prompt is required")
+
+
 def test_harmless_parameters_are_passed_over(client):
     _, headers = post(
         client, user="me", use_cache=True, options={"wait_for_model": True}, n=1, best_of=1, watermark=False,
