@@ -15,23 +15,23 @@ script works, no more.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.engine import random_agent
+from benchmarks.table import write_csv
 from greencode.energy import Meter
 from greencode.engine import Engine, ExitView
 from greencode.errors import UserError
-from greencode.files import atomic, write_json
+from greencode.files import write_json
 from greencode.policies import AgentExit, DeviceAgent, ExitPolicy, FixedExit
 from greencode.results import device_name, versions
 
@@ -434,10 +434,7 @@ def main(arguments: list[str] | None = None) -> None:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         bench = Bench(name, build(config, device, dtype), settings, bandwidth)
         rows = bench.run()
-        with atomic(settings.out / f"{name}.csv") as part, open(part, "w", newline="") as stream:
-            writer = csv.DictWriter(stream, [field.name for field in fields(Measured)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write_csv([asdict(row) for row in rows], settings.out / f"{name}.csv")
         about = {
             "start": start,
             "device": device_name(device),

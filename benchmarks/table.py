@@ -95,12 +95,16 @@ COLUMNS = ("subject", "what", "peer", "ratio", "target", "met", "seconds", "peer
 
 def write(rows: list[Row], path: Path) -> None:
     """Write the table as CSV."""
+    write_csv([{column: getattr(row, column) for column in COLUMNS} for row in rows], path)
+
+
+def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write rows of equal keys as CSV, whole or not at all; floats with six digits, None as nothing."""
     with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer.writerow(rows[0])
         for row in rows:
-            cells = [getattr(row, column) for column in COLUMNS]
-            writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells])
+            writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row.values()])
 
 
 def show(rows: list[Row]) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import hmac
 import logging
 import re
-import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -26,39 +25,44 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from greencode import __version__, prompts
-from greencode.protocol import (
+from greencode.parameters import (
     MAX_STOP,
-    TGI,
-    Answer,
+    AnyRequest,
     CompletionRequest,
-    CompletionResponse,
-    Dialect,
+    Detail,
     EitherRequest,
-    ErrorReply,
     Exit,
     ExitPolicyName,
     GenerateRequest,
+    ServiceError,
+    choose_exit,
+    choose_sampling,
+    refused,
+)
+from greencode.replies import (
+    TGI,
+    Asked,
+    CompletionResponse,
+    Dialect,
+    Done,
+    ErrorReply,
     GenerateResponse,
     Ollama,
     OllamaResponse,
     OpenAI,
     OpenAIErrorReply,
-    ServiceError,
     Token,
-    choose_exit,
-    choose_sampling,
     error_body,
-    error_frame,
+    error_event,
     ignored_header,
-    refused,
-    stops,
 )
 from greencode.telemetry import Telemetry
-from greencode.worker import RETRY, Job, Order, Outcome, Worker, bare
+from greencode.worker import Job, Order, Outcome, Piece, Worker, bare, shutting_down
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from greencode.prompts import Writer
     from greencode.serve import Settings
 
 log = logging.getLogger(__name__)
@@ -103,175 +107,130 @@ class Service:
     def check_ready(self) -> None:
         """Raises `ServiceError` 503 unless requests are taken."""
         if self.draining:
-            raise ServiceError(503, "shutting_down", "The server is shutting down.", headers=RETRY)
+            raise shutting_down()
         self.worker.check_ready()
 
     async def answer(
-        self, request: Request, body: Any, headers: HeaderExit, dialect: Dialect, stream: bool = False
+        self, request: Request, body: AnyRequest, headers: HeaderExit, dialect: Dialect, stream: bool = False
     ) -> Response:
         """The reply to one request, in one piece or as a stream."""
         self.check_ready()
-        deadline = asyncio.get_running_loop().time() + self.settings.request_timeout
-        job = self.worker.admit()
+        job = self.worker.admit(self.settings.request_timeout)
         try:
             if len(body.prompt_text) > AT_ONCE:
-                order, answer = await run_in_threadpool(self.prepare, body, headers)
+                order, asked = await run_in_threadpool(self.prepare, body, headers)
             else:  # done before a thread wakes
-                order, answer = self.prepare(body, headers)
-            more = ignored_header(body.ignored + self._unused(body, headers, order.exit))
-            job.submit(order, streamed=bool(stream or body.stream))
+                order, asked = self.prepare(body, headers)
+            streamed = bool(stream or body.stream)
+            watch = asyncio.create_task(_fail_when_gone(request, job))
+            job.submit(order, streamed)
             # The status of a stream waits for its first event, so that failures before it have their own.
-            async with _watch(request) as gone:
-                first = await self._event(job, deadline, gone)
-            if job.streamed:
-                frames = self._frames(request, job, answer, dialect, deadline, first)
+            try:
+                first = _sound(await job.events.get())
+            finally:
+                watch.cancel()
+            more = ignored_header(body.ignored + _unused(body, headers, order.exit, streamed))
+            if streamed:
+                frames = self._frames(request, job, asked, dialect, first)
                 return _EventStream(frames, job, {**STREAM_HEADERS, **more})
-            outcome = _outcome(first)
-            self._note(request, answer, outcome)
-            return JSONResponse(dialect.reply(answer, outcome), headers=answer.headers(outcome) | more)
+            done = Done(asked, first)
+            _note(request, done)
+            return JSONResponse(dialect.reply(done), headers=done.headers() | more)
         except BaseException as error:
             job.cancel("shutdown" if isinstance(error, asyncio.CancelledError) else "error")
             raise
 
-    def prepare(self, body: Any, headers: HeaderExit) -> tuple[Order, Answer]:
+    def prepare(self, body: AnyRequest, headers: HeaderExit) -> tuple[Order, Asked]:
         """Check a request against the model, and make its prompt what the model reads.
 
         Raises:
             ServiceError: 422, naming the field.
         """
         settings, served = self.settings, self.worker.check_ready()
-        exit_points = served.engine.exit_points
-        default = Exit(settings.default_policy(served.agent is not None), settings.exit_threshold)
-        how = choose_exit(
-            body, headers.threshold, headers.policy, default, served.agent is not None, exit_points
-        )
-        prompt, field = body.prompt_text, body.prompt_name
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise refused(field, "it holds half of a surrogate pair, which is no text") from None
+        agent = served.agent is not None
+        default = Exit(settings.default_policy(agent), settings.exit_threshold)
+        how = choose_exit(body, headers.threshold, headers.policy, default, agent, served.engine.exit_points)
         window = served.engine.family.window or 2**31
         limit = min(settings.max_new_tokens_limit, window - 1)
         new_tokens = settings.max_new_tokens if body.max_new_tokens is None else body.max_new_tokens
         if new_tokens == 0 or new_tokens > limit:
             raise refused("max_new_tokens", f"it must be -1, or from 1 to {limit}")
-        cuts = settings.on_long_input == "truncate" or body.truncate is not None
         longest = min(settings.max_input_tokens or window, window - max(1, new_tokens))
-        text, writer, completable = self._read(body, prompt, longest if cuts else None)
-        encoded = served.tokenizer.backend_tokenizer.encode(text)
-        ids = encoded.ids[-body.truncate :] if body.truncate else encoded.ids
-        if len(ids) > longest and settings.on_long_input == "truncate":
-            ids = ids[-longest:]
-        if len(ids) > longest:
-            raise refused(field, f"it has {len(ids)} tokens, and {longest} are read; send less or truncate")
-        if not ids:
-            raise refused(field, "it holds nothing to complete")
+        ids, dropped, writer, completable = self._read(body, longest)
         if new_tokens == -1:
             new_tokens = min(limit, window - len(ids))
         sampling = choose_sampling(body)
-        seed = None
-        if sampling is not None and "temperature" in sampling:
-            seed = sampling["seed"] = secrets.randbelow(2**31) if body.seed is None else body.seed
         order = Order(
             context=ids,
             new_tokens=new_tokens if completable else 0,
             exit=how,
             sampling=sampling,
-            stop=stops(body),
+            stop=body.stop_texts,
             single_line=bool(body.single_line),
             writer=writer,
         )
-        answer = Answer(
+        asked = Asked(
             model=settings.names[0],
             layers=served.engine.family.depth,
             exit=how,
-            prompt=prompt,
+            prompt=body.prompt_text,
             prompt_tokens=len(ids),
-            truncated=len(encoded.ids) - len(ids),
-            seed=seed,
+            truncated=dropped,
+            seed=sampling.get("seed") if sampling else None,
             full_text=bool(body.return_full_text),
             details=bool(body.details),
             include_usage=body.include_usage,
             prefill=_prefill(served.tokenizer, ids) if body.decoder_input_details else [],
             end_id=min(served.eos, default=0),
         )
-        return order, answer
+        return order, asked
 
-    def _read(self, body: Any, prompt: str, longest: int | None) -> tuple[str, Any, bool]:
-        """The prompt's tokens as text, the writer of its completion, and whether it can have one."""
-        settings = self.settings
-        if (body.prompt_format or settings.prompt_format) == "tokens":
-            return prompt, None, True
-        if settings.language is None:
-            raise refused("prompt_format", "the model's language is not known here; send tokens")
-        if longest is not None and len(prompt) > (most := longest * CHARACTERS_PER_TOKEN):
-            prompt = prompt[-most:].partition("\n")[2] or prompt[-most:]
-        read = prompts.read(prompt, settings.language, settings.variant, settings.allow)
-        return read.text, read.writer, read.completable
+    def _read(self, body: AnyRequest, longest: int) -> tuple[list[int], int, Writer | None, bool]:
+        """The prompt as the model reads it.
 
-    @staticmethod
-    def _unused(body: Any, headers: HeaderExit, how: Exit) -> list[str]:
-        given = body.exit_threshold is not None or headers.threshold is not None
-        return ["exit_threshold"] if given and how.policy != "rl" else []
-
-    async def _event(self, job: Job, deadline: float, gone: asyncio.Task | None = None) -> Any:
-        """The job's next event.
-
-        Raises:
-            ClientGone: the client closed the connection.
-            ServiceError: 504 past the deadline.
+        Returns:
+            At most `longest` ids, how many more there were, what makes source of the completion (None for
+            nothing), and whether there can be one.
         """
-        event = asyncio.ensure_future(job.events.get())
-        patience = max(0.0, deadline - asyncio.get_running_loop().time())
+        settings, prompt, field = self.settings, body.prompt_text, body.prompt_name
         try:
-            done, _ = await asyncio.wait(
-                {event, gone} if gone else {event}, timeout=patience, return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            if not event.done():
-                event.cancel()
-        if event in done:
-            return event.result()
-        if done:
-            job.cancel("disconnect")
-            raise ClientGone
-        job.cancel("timeout")
-        raise ServiceError(504, "timeout", f"Not done after {self.settings.request_timeout:g} seconds.")
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise refused(field, "it holds half of a surrogate pair, which is no text") from None
+        cuts = settings.on_long_input == "truncate"
+        text, writer, completable = prompt, None, True
+        if (body.prompt_format or settings.prompt_format) == "source":
+            if settings.language is None:
+                raise refused("prompt_format", "the model's language is not known here; send tokens")
+            most = longest * CHARACTERS_PER_TOKEN
+            if (cuts or body.truncate) and len(prompt) > most:
+                prompt = prompt[-most:].partition("\n")[2] or prompt[-most:]
+            read = prompts.read(prompt, settings.language, settings.variant, settings.allow)
+            text, writer, completable = read.text, read.writer, read.completable
+        all_ids = self.worker.served.tokenizer.backend_tokenizer.encode(text).ids
+        ids = all_ids[-body.truncate :] if body.truncate else all_ids
+        if cuts:
+            ids = ids[-longest:]
+        if len(ids) > longest:
+            raise refused(field, f"it has {len(ids)} tokens, and {longest} are read; send less or truncate")
+        return ids, len(all_ids) - len(ids), writer, completable and bool(ids)
 
     async def _frames(
-        self, request: Request, job: Job, answer: Answer, dialect: Dialect, deadline: float, first: Any
+        self, request: Request, job: Job, asked: Asked, dialect: Dialect, event: Piece | Outcome
     ) -> AsyncIterator[str]:
         """Events of a stream; one that fails ends with an error."""
-        index, event = 0, first
+        index = 0
         try:
-            while not isinstance(event, Outcome | ServiceError):
+            while isinstance(event, Piece):
                 index += 1
-                yield dialect.token(answer, index, event)
-                event = await self._event(job, deadline)
-            outcome = _outcome(event)
-            self._note(request, answer, outcome)
-            for frame in dialect.last(answer, outcome):
+                yield dialect.token(asked, index, event)
+                event = _sound(await job.events.get())
+            done = Done(asked, event)
+            _note(request, done)
+            for frame in dialect.last(done):
                 yield frame
         except ServiceError as error:
-            yield error_frame(request.url.path, error, request.state.id)
-
-    @staticmethod
-    def _note(request: Request, answer: Answer, outcome: Outcome) -> None:
-        """Leave the account for the log."""
-        account = answer.account(outcome)
-        request.state.account = {
-            "prompt_tokens": answer.prompt_tokens,
-            "generated_tokens": len(outcome.pieces),
-            "finish": outcome.finish,
-            "exit_policy": answer.exit.policy,
-            "exit_threshold": answer.exit.threshold,
-            "mean_exit_layer": account.early_exit.mean_exit_layer,
-            "layers_skipped": account.early_exit.layers_skipped,
-            "joules": account.energy.joules,
-            "queue_s": outcome.queue_s,
-            "prefill_s": outcome.prefill_s,
-            "decode_s": outcome.decode_s,
-        }
+            yield error_event(request.url.path, error, request.state.id)
 
     def info(self) -> dict[str, Any]:
         """`/info`, with the names of text-generation-inference's own."""
@@ -317,12 +276,41 @@ class Service:
             )
 
 
-def _outcome(event: Any) -> Outcome:
-    if isinstance(event, ServiceError):
+def _sound(event: Piece | Outcome | Exception) -> Piece | Outcome:
+    """An event of a job; an error is raised."""
+    if isinstance(event, Exception):
         raise event
-    if event.cancelled:
-        raise ServiceError(503, "shutting_down", "The server is shutting down.", headers=RETRY)
+    if isinstance(event, Outcome) and event.cancelled:
+        raise shutting_down()
     return event
+
+
+def _unused(body: AnyRequest, headers: HeaderExit, how: Exit, streamed: bool) -> list[str]:
+    """Names of known parameters that change nothing in this request."""
+    threshold = body.exit_threshold is not None or headers.threshold is not None
+    prefill = streamed or not body.details or isinstance(body, CompletionRequest)
+    return [
+        *(["exit_threshold"] if threshold and how.policy != "rl" else []),
+        *(["decoder_input_details"] if body.decoder_input_details and prefill else []),
+    ]
+
+
+def _note(request: Request, done: Done) -> None:
+    """Leave the account for the log."""
+    asked, outcome, account = done.asked, done.outcome, done.account
+    request.state.account = {
+        "prompt_tokens": asked.prompt_tokens,
+        "generated_tokens": done.count,
+        "finish": outcome.finish,
+        "exit_policy": asked.exit.policy,
+        "exit_threshold": asked.exit.threshold,
+        "mean_exit_layer": account.early_exit.mean_exit_layer,
+        "layers_skipped": account.early_exit.layers_skipped,
+        "joules": account.energy.joules,
+        "queue_s": outcome.queue_s,
+        "prefill_s": outcome.prefill_s,
+        "decode_s": outcome.decode_s,
+    }
 
 
 def _prefill(tokenizer: Any, ids: list[int]) -> list[Token]:
@@ -331,19 +319,11 @@ def _prefill(tokenizer: Any, ids: list[int]) -> list[Token]:
     return [Token(id=i, text=text, special=i in special) for i, text in zip(ids, texts, strict=True)]
 
 
-@contextlib.asynccontextmanager
-async def _watch(request: Request) -> AsyncIterator[asyncio.Task]:
-    """A task that ends when the client is gone."""
-
-    async def until_gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task = asyncio.create_task(until_gone())
-    try:
-        yield task
-    finally:
-        task.cancel()
+async def _fail_when_gone(request: Request, job: Job) -> None:
+    """Give the job up once its client is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    job.fail("disconnect", ClientGone())
 
 
 class _EventStream(StreamingResponse):
@@ -549,7 +529,8 @@ def _handle_errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         faults = list(error.errors())
         if any(fault["type"] == "json_invalid" for fault in faults):
-            broken = ServiceError(400, "validation", "The body is not JSON.", "body", "json_invalid")
+            detail = Detail(loc="body", msg="The body is not JSON.", type="json_invalid")
+            broken = ServiceError(400, "validation", detail.msg, [detail])
             return _error_response(request.url.path, broken, request.state.id)
         return _error_response(request.url.path, ServiceError.invalid(faults), request.state.id)
 

@@ -9,8 +9,6 @@ docs/base-models.md.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import itertools
 import math
 import shutil
@@ -28,6 +26,7 @@ from greencode.energy import Meter
 from greencode.errors import UserError
 from greencode.exits import exit_points
 from greencode.files import read_json, write_json
+from greencode.memory import keep_freed
 from greencode.results import device_name
 from greencode.tokenise import encode, load_tokenizer, pack, text_of, train_tokenizer
 
@@ -217,16 +216,6 @@ def _orthogonal(matrices):
     return x.mT if tall else x
 
 
-def _keep_memory() -> None:
-    """Let glibc keep freed memory: new pages for each step's activations cost up to a fifth of it."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-        mallopt(mmap_threshold, 1 << 30)
-        mallopt(trim_threshold, (1 << 31) - 1)
-        mallopt(top_pad, 200 << 20)
-
-
 def stages_of(shape: dict[str, Any], training: dict[str, Any], blocks: int) -> list[dict[str, int]]:
     """The stages of a training, each with layers, sequence, steps, and `first` and `blocks` (of `context`
     tokens each): which of the run's blocks it sees; a run of several epochs numbers them on. `exits` and
@@ -355,7 +344,7 @@ def train_model(
     from safetensors.torch import load_model, save_model
 
     torch.set_num_threads(threads)
-    _keep_memory()
+    keep_freed()
     checkpoints = Path(checkpoints)
     data = np.load(blocks, mmap_mode="r")
     tokenizer = load_tokenizer(tokenizer_directory)

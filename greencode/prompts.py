@@ -23,12 +23,12 @@ _PIECES = {
     "python": re.compile(
         r"""
           (?P<comment>\#[^\n]*)
-        | (?P<string>(?:\b[A-Za-z]{1,2})?(?: '{3}(?:[^\\]|\\.)*?'{3} | "{3}(?:[^\\]|\\.)*?"{3}
+        | (?P<string>(?:\b[bfrtu]{1,2})?(?: '{3}(?:[^\\]|\\.)*?'{3} | "{3}(?:[^\\]|\\.)*?"{3}
                                       | '(?!'')(?:[^'\\\n]|\\.)*' | "(?!"")(?:[^"\\\n]|\\.)*" ))
-        | (?P<block>(?:\b[A-Za-z]{1,2})?(?:'{3}|"{3}))
-        | (?P<open>(?:\b[A-Za-z]{1,2})?['"])[^\n]*\Z
+        | (?P<block>(?:\b[bfrtu]{1,2})?(?:'{3}|"{3}))
+        | (?P<open>(?:\b[bfrtu]{1,2})?['"])[^\n]*\Z
         """,
-        re.VERBOSE | re.DOTALL,
+        re.VERBOSE | re.DOTALL | re.IGNORECASE,
     ),
     "java": re.compile(
         r"""
@@ -70,7 +70,7 @@ def read(source: str, language: str, variant: str = "raw", allow: Allow | None =
         variant: `raw` or `norm`, as the model was trained.
         allow: the literals that `norm` keeps.
     """
-    source = source.replace("\r\n", "\n").replace("\r", "\n")
+    source = source.replace("\r\n", "\n").replace("\r", "\n").replace(_MARK, "")
     source = _without_open_start(source, language)
     code, strings, end, tail = _scan(source, language)
     if end == "comment":
@@ -140,7 +140,7 @@ def _scan(source: str, language: str) -> tuple[str, list[str], str, str]:
     return "".join(parts), strings, end, tail
 
 
-_MARK = "\ue000"  # of Unicode's private use area; in real source it would stand for one more string
+_MARK = "\ue000"  # of Unicode's private use area
 
 
 def _blank_tail(code: str) -> str:
@@ -152,7 +152,7 @@ def _lexed(code: str, strings: list[str], language: str) -> list[str]:
     """Plain tokens of code that may have open brackets; lines that cannot be lexed are left out."""
     lines = [line.lstrip() for line in code.split("\n")] if language == "python" else code.split("\n")
     known = iter(strings)
-    texts = [re.sub(_MARK, lambda _: next(known, ""), line) for line in lines]
+    texts = [re.sub(_MARK, lambda _: next(known), line) for line in lines]
     for at, line in enumerate(lines):
         if "'" in line or '"' in line:  # a quote that its line does not close
             lines[at] = texts[at] = ""
@@ -267,7 +267,7 @@ class Writer:
         word = buffer[:end]
         if end == len(buffer) and word != EOL:
             # It may go on. At the end half a placeholder or mark is no code.
-            if not final or re.fullmatch(r"<[A-Z_]+", word):
+            if not final or re.fullmatch(r"<[A-Z_]+(:[^>]*)?", word):
                 return ""
         elif end < len(buffer) and not buffer[end].isspace():
             return ""

@@ -32,9 +32,15 @@ from greencode import config, models
 from greencode.errors import UserError
 from greencode.exits import check_exit_points, exit_points
 from greencode.files import read_json
-from greencode.protocol import ExitPolicyName
+from greencode.memory import keep_freed
+from greencode.parameters import ExitPolicyName
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import uvicorn
+    from fastapi import FastAPI
+
     from greencode.worker import Served
 
 log = logging.getLogger(__name__)
@@ -261,6 +267,7 @@ def load(settings: Settings) -> Served:
     from greencode.worker import Served
 
     disable_progress_bar()
+    keep_freed()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = models.pick_device(settings.device)
@@ -292,6 +299,52 @@ def load(settings: Settings) -> Served:
     )
 
 
+def assemble(settings: Settings, failed: Callable[[BaseException], None] = lambda error: None) -> FastAPI:
+    """The application with its worker, which loads the model once the application starts.
+
+    Args:
+        failed: told, in the worker's thread, why the model could not be loaded.
+    """
+    from greencode.api import create_app
+    from greencode.telemetry import Telemetry
+    from greencode.worker import Worker
+
+    telemetry, name, layers = Telemetry(), settings.names[0], settings.exit_points[-1]
+
+    def ready(served: Served) -> None:
+        # What is loaded stays: collections of garbage, some of them within a request, need not look at it.
+        gc.collect()
+        gc.freeze()
+        telemetry.model.labels(name, served.fingerprint, str(layers)).set(1)
+        log.info("ready", extra={"model": name, "layers": layers, "energy": served.meter.note})
+
+    worker = Worker(
+        name,
+        lambda: load(settings),
+        settings.max_concurrent_requests,
+        finished=lambda outcome, order: telemetry.finished(outcome, order, layers),
+        failed=failed,
+        ready=ready,
+    )
+    return create_app(settings, worker, telemetry)
+
+
+def http_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
+    """How the application is served."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="on",
+        timeout_graceful_shutdown=settings.drain_timeout,
+        timeout_keep_alive=75,  # longer than editors keep an idle connection in their pools, mostly
+    )
+
+
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; running requests are finished first.
 
@@ -300,9 +353,8 @@ def run(settings: Settings) -> None:
     """
     import uvicorn
 
-    from greencode.api import create_app
-    from greencode.telemetry import Telemetry, log_as_json
-    from greencode.worker import Worker, bare
+    from greencode.telemetry import log_as_json
+    from greencode.worker import bare
 
     log_as_json(settings.log_level)
     if settings.host not in LOOPBACK and settings.api_key is None:
@@ -313,37 +365,17 @@ def run(settings: Settings) -> None:
         failure.append(error)
         server.should_exit = True
 
-    telemetry = Telemetry()
-    name = settings.names[0]
-    worker = Worker(
-        name,
-        lambda: load(settings),
-        settings.max_concurrent_requests,
-        finished=lambda outcome, order: telemetry.finished(outcome, order, settings.exit_points[-1]),
-        failed=failed,
-        ready=lambda served: _announce(telemetry, name, served),
-    )
-    app = create_app(settings, worker, telemetry)
+    app = assemble(settings, failed)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: Any) -> None:
             app.state.service.draining = True
             super().handle_exit(sig, frame)
 
-    server = Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="on",
-            timeout_graceful_shutdown=settings.drain_timeout,
-            timeout_keep_alive=75,  # longer than editors keep an idle connection in their pools, mostly
-        )
-    )
+    server = Server(http_config(settings, app))
     opened = listen(settings.host, settings.port)
     host, port = opened.getsockname()[:2]
-    log.info("listening", extra={"url": f"http://{host}:{port}", "model": name})
+    log.info("listening", extra={"url": f"http://{host}:{port}", "model": settings.names[0]})
     # uvicorn raises the signal again once it is done; for a server that was asked to end that is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):
@@ -352,6 +384,7 @@ def run(settings: Settings) -> None:
         if isinstance(error, UserError):
             raise error
         log.error("the model could not be loaded", extra=bare(error))
+        name = settings.names[0]
         raise UserError(f"{name} could not be loaded: {type(error).__name__}; see the log.")
 
 
@@ -376,15 +409,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-
-
-def _announce(telemetry: Any, name: str, served: Served) -> None:
-    # What is loaded stays: collections of garbage, some of them within a request, need not look at it.
-    gc.collect()
-    gc.freeze()
-    layers = served.engine.family.depth
-    telemetry.model.labels(name, served.fingerprint, str(layers)).set(1)
-    log.info("ready", extra={"model": name, "layers": layers, "energy": served.meter.note})
 
 
 def main(arguments: list[str] | None = None) -> None:

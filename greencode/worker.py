@@ -2,7 +2,10 @@
 
 Requests are admitted before they are prepared, so that a full server says so at once. A request holds its
 slot until it is answered, given up or dropped from the queue. Whoever waits for a job runs on an event
-loop; tokens come there by `call_soon_threadsafe`.
+loop; outcomes, and tokens if they are streamed, come there by `call_soon_threadsafe`.
+
+The thread and the loop share the interpreter's lock: what either does while the other could go on makes a
+client wait. So the thread does nothing but complete, and accounts are kept on the loop, after the reply.
 """
 
 from __future__ import annotations
@@ -20,22 +23,27 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from greencode.errors import UserError
 from greencode.lexing import EOL
-from greencode.protocol import Exit, ServiceError
+from greencode.parameters import Exit, ServiceError
+from greencode.replies import Finish
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from greencode.energy import Energy, Meter
     from greencode.engine import Engine, Policy
+    from greencode.engine import Token as EngineToken
     from greencode.policies import ExitPolicy
     from greencode.prompts import Writer
-    from greencode.protocol import Account
 
 log = logging.getLogger(__name__)
 
-Finish = Literal["length", "eos_token", "stop_sequence"]
 State = Literal["loading", "ready", "failed", "stopped"]
 RETRY = {"retry-after": "1"}
+
+
+def shutting_down() -> ServiceError:
+    """503: the server ends."""
+    return ServiceError(503, "shutting_down", "The server is shutting down.", headers=RETRY)
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ class Piece:
 
 @dataclass
 class Outcome:
-    """A finished completion; times are seconds. `account` is kept here once a reply needs it."""
+    """A finished completion; times are seconds. `cancelled` says why it was given up, if it was."""
 
     pieces: list[Piece] = field(default_factory=list)
     finish: Finish = "length"
@@ -118,7 +126,6 @@ class Outcome:
     decode_s: float = 0.0
     total_s: float = 0.0
     cancelled: str | None = None
-    account: Account | None = None
 
     @property
     def text(self) -> str:
@@ -189,13 +196,15 @@ class _Text:
 class Job:
     """An admitted request. `events` yields pieces if streamed, and ends with an `Outcome` or an error."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, patience: float) -> None:
         self._worker = worker
         self._loop = asyncio.get_running_loop()
+        late = ServiceError(504, "timeout", f"Not done after {patience:g} seconds.")
+        self._timer = self._loop.call_later(patience, self.fail, "timeout", late)
         self.admitted = time.perf_counter()
         self.order: Order | None = None
         self.streamed = False
-        self.events: asyncio.Queue[Piece | Outcome | ServiceError] = asyncio.Queue()
+        self.events: asyncio.Queue[Piece | Outcome | Exception] = asyncio.Queue()
         self.cancelled: str | None = None
 
     def submit(self, order: Order, streamed: bool = False) -> None:
@@ -209,17 +218,28 @@ class Job:
             self.cancelled = reason
             self._worker._drop(self)
 
-    def deliver(self, event: Piece | Outcome | ServiceError) -> None:
+    def fail(self, reason: str, error: Exception) -> None:
+        """Give up, with an error for whoever waits; call it on the loop."""
+        self.events.put_nowait(error)
+        self.cancel(reason)
+
+    def deliver(self, event: Piece | Outcome | Exception) -> None:
         """Hand an event to the loop, from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop is gone, and whoever waited with it
-            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._arrive, event)
 
-    def finish(self, event: Outcome | ServiceError) -> bool:
-        """Free the slot, then deliver the last event; False if that was done before."""
-        if not self._worker._release(self):
-            return False
-        self.deliver(event)
-        return True
+    def finish(self, event: Outcome | ServiceError) -> None:
+        """Free the slot and deliver the last event, unless that was done before."""
+        if self._worker._release(self):
+            self.deliver(event)
+
+    def _arrive(self, event: Piece | Outcome | Exception) -> None:
+        self.events.put_nowait(event)  # its reader runs next, and replies
+        if isinstance(event, Piece):
+            return
+        self._timer.cancel()
+        if isinstance(event, Outcome) and self.order is not None:
+            self._loop.call_soon(self._worker._account, event, self.order)
 
 
 class Worker:
@@ -229,9 +249,9 @@ class Worker:
         name: of the model, for messages.
         load: makes the model; runs in the thread.
         capacity: requests admitted at a time, the running one included.
-        finished: told of every outcome, in the thread.
+        finished: told of every outcome, on the loop.
         failed: told, in the thread, why the model could not be loaded.
-        ready: told, in the thread, of the model once it is loaded and warm.
+        ready: told, in the thread, of the model once it is loaded and warm, before it takes requests.
     """
 
     def __init__(
@@ -287,13 +307,16 @@ class Worker:
         if self.state == "loading":
             raise ServiceError(503, "loading", f"Model {self.name} is currently loading", headers=RETRY)
         if self.state == "stopped":
-            raise ServiceError(503, "shutting_down", "The server is shutting down.", headers=RETRY)
+            raise shutting_down()
         if self.state == "failed" or self.served is None:
             raise ServiceError(503, "unhealthy", f"Model {self.name} could not be loaded; see the log.")
         return self.served
 
-    def admit(self) -> Job:
+    def admit(self, patience: float) -> Job:
         """A slot for one request; call it on the loop that will wait.
+
+        Args:
+            patience: seconds until the request fails with 504, waiting included.
 
         Raises:
             ServiceError: 429 when full, 503 when not ready.
@@ -304,7 +327,7 @@ class Worker:
                 raise ServiceError(
                     429, "overloaded", "Model is overloaded: too many requests wait.", headers=RETRY
                 )
-            job = Job(self)
+            job = Job(self, patience)
             self._admitted.add(job)
         return job
 
@@ -321,7 +344,7 @@ class Worker:
                 self._queue.append(job)
                 self._changed.notify()
                 return
-        job.finish(ServiceError(503, "shutting_down", "The server is shutting down.", headers=RETRY))
+        job.finish(shutting_down())
 
     def _drop(self, job: Job) -> None:
         with self._changed:
@@ -329,12 +352,10 @@ class Worker:
                 return  # the thread sees it at the next token
             with contextlib.suppress(ValueError):
                 self._queue.remove(job)
-        outcome = Outcome(cancelled=job.cancelled)
-        if job.finish(outcome) and job.order is not None:
-            self._account(outcome, job.order)
+        job.finish(Outcome(cancelled=job.cancelled))
 
     def _account(self, outcome: Outcome, order: Order) -> None:
-        """Tell of an outcome; a fault there must not end the thread."""
+        """Tell of an outcome; a fault there is logged without the prompt."""
         try:
             self._finished(outcome, order)
         except Exception as error:
@@ -344,6 +365,7 @@ class Worker:
         try:
             served = self._load()
             self._warm_up(served)
+            self._ready(served)
             self.served = served
         except BaseException as error:
             self.state = "failed"
@@ -352,7 +374,6 @@ class Worker:
         with self._changed:
             if self.state == "loading":
                 self.state = "ready"
-        self._ready(served)
         while (job := self._next()) is not None:
             try:
                 event: Outcome | ServiceError = self._complete(served, job)
@@ -364,8 +385,7 @@ class Worker:
                 event = ServiceError(424, "generation", "The model failed on this request; see the log.")
             with self._changed:
                 self._running = None
-            if job.finish(event) and isinstance(event, Outcome):
-                self._account(event, job.order)  # afterwards: the client need not wait for it
+            job.finish(event)
 
     def _next(self) -> Job | None:
         """The next job, or None when it is time to end."""
@@ -409,18 +429,23 @@ class Worker:
         start = time.perf_counter()
         outcome.queue_s = start - job.admitted
         if order.new_tokens:
-            text = _Text(served.tokenizer, order)
+            text, waiting = _Text(served.tokenizer, order), []
+            # While the model runs, its weights fill the caches, and all else is slow. So text that nobody
+            # reads yet is made at the end.
+            at_once = job.streamed or order.stop or order.single_line
             with served.meter.window() as window:
                 for token in self._tokens(served, order, account):
-                    if not outcome.pieces:
-                        outcome.prefill_s = time.perf_counter() - start
-                    piece = self._piece(served, order, outcome, text, token)
-                    outcome.pieces.append(piece)
-                    last = text.stopped or token.id in served.eos or len(outcome.pieces) == order.new_tokens
-                    if last or job.cancelled:
+                    outcome.prefill_s = outcome.prefill_s or time.perf_counter() - start
+                    waiting.append(token)
+                    if at_once:
+                        if self._add(served, order, outcome, text, waiting.pop()):
+                            break
+                        if job.streamed:
+                            job.deliver(outcome.pieces[-1])
+                    if job.cancelled:
                         break
-                    if job.streamed:
-                        job.deliver(piece)
+                for token in waiting:
+                    self._add(served, order, outcome, text, token)
             outcome.energy = window.energy
         else:
             outcome.finish = "eos_token"
@@ -432,7 +457,8 @@ class Worker:
         return outcome
 
     @staticmethod
-    def _piece(served: Served, order: Order, outcome: Outcome, text: _Text, token: Any) -> Piece:
+    def _add(served: Served, order: Order, outcome: Outcome, text: _Text, token: EngineToken) -> bool:
+        """Add a token's piece to the outcome; whether it is the last."""
         ends, full = token.id in served.eos, len(outcome.pieces) + 1 == order.new_tokens
         new = text.add(token.id)
         if ends or full:
@@ -441,7 +467,8 @@ class Worker:
             outcome.finish = "stop_sequence"
         elif ends:
             outcome.finish = "eos_token"
-        return Piece(token.id, new, token.depth, ends)
+        outcome.pieces.append(Piece(token.id, new, token.depth, ends))
+        return ends or full or text.stopped
 
 
 def bare(error: BaseException) -> dict[str, str]:

@@ -158,8 +158,8 @@ def listen(make_endpoint):
 
     @contextlib.contextmanager
     def run(ready=True, **settings):
-        endpoint = make_endpoint(**settings)
-        config = uvicorn.Config(endpoint.app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+        endpoint = make_endpoint(**{"drain_timeout": 5, **settings})
+        config = serve.http_config(endpoint.app.state.service.settings, endpoint.app)
         opened = serve.listen("127.0.0.1", 0)
         endpoint.url = f"http://127.0.0.1:{opened.getsockname()[1]}"
         endpoint.server = uvicorn.Server(config)

@@ -10,7 +10,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 from starlette.testclient import TestClient
 
-from greencode.protocol import ALIASES, CompletionRequest, EitherRequest
+from greencode.parameters import ALIASES, CompletionRequest, EitherRequest
 
 NAMES = (
     "not_a_server_error",

@@ -1,6 +1,7 @@
 """Cancelling, waiting, limits, logs and the end of the server, over real sockets."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -253,6 +254,21 @@ def test_a_completion_where_there_is_nothing_to_complete_is_empty(live):
     assert len(live.engine.seen) == seen
 
 
+def test_an_empty_prompt_is_no_error_for_a_model_without_a_first_token(weights, listen, served):
+    from tokenizers.processors import TemplateProcessing
+
+    from greencode.tokenise import load_tokenizer
+
+    tokenizer = load_tokenizer(weights)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
+    with listen(load=lambda: dataclasses.replace(served, tokenizer=tokenizer)) as endpoint:
+        reply = httpx2.post(f"{endpoint.url}/generate", json={"inputs": "# a comment", "details": True})
+        assert (reply.status_code, reply.json()["generated_text"]) == (200, "")
+        assert reply.json()["details"]["input_length"] == 0
+        reply = httpx2.post(f"{endpoint.url}/generate", json={"inputs": "x = 1"})
+        assert reply.headers["x-generated-tokens"] == "15"
+
+
 def test_the_account_agrees_with_the_engine(live):
     body = {"inputs": PROMPT, "exit_threshold": 0.5, "details": True, "max_new_tokens": 12}
     before = live.metric("generated_tokens_total")
@@ -444,14 +460,36 @@ def test_a_fault_in_the_accounts_ends_nothing(make_endpoint, monkeypatch):
             assert client.post("/generate", json={"inputs": "x"}).status_code == 200
 
 
+def test_accounts_are_not_kept_by_the_thread_of_the_model(make_endpoint, monkeypatch):
+    from starlette.testclient import TestClient
+
+    endpoint, threads = make_endpoint(), []
+    monkeypatch.setattr(
+        endpoint.telemetry, "finished", lambda *_: threads.append(threading.current_thread().name)
+    )
+    with TestClient(endpoint.app) as client:
+        assert endpoint.wait(lambda: endpoint.worker.state == "ready")
+        client.post("/generate", json={"inputs": "x"})
+        assert endpoint.wait(lambda: threads)
+    assert "model" not in threads
+
+
+def test_text_is_the_same_whether_made_at_once_or_at_the_end(live):
+    body = {"inputs": PROMPT, "max_new_tokens": 40, "details": True}
+    ask = [httpx2.post(f"{live.url}/generate", json=body | more).json() for more in ({}, {"stop": "\0"})]
+    for late, at_once in zip(*(reply["details"]["tokens"] for reply in ask), strict=True):
+        assert late == at_once
+    assert ask[0]["generated_text"] == ask[1]["generated_text"]
+
+
 def test_a_worker_frees_every_slot_once():
     worker = Worker("m", lambda: None, capacity=2)
     worker.state, worker.served = "ready", object()
 
     async def ask():
-        first, second = worker.admit(), worker.admit()
+        first, second = worker.admit(60), worker.admit(60)
         with pytest.raises(Exception, match="overloaded"):
-            worker.admit()
+            worker.admit(60)
         first.cancel("error")
         first.cancel("error")
         assert worker.in_flight == 1

@@ -203,6 +203,7 @@ def test_java_comes_back_as_it_is_usually_written():
         ("python", "f(a,\n", " b )", "    b)"),
         ("python", "x = 1", " <EOL> y = 'never clo", "\ny ="),  # a string that does not end is left out
         ("python", "x = 1", " <EO", ""),
+        ("python", "x if'a", "b' else y", "b' else y"),  # `if` is no prefix of a string
         ("java", "list.ad", "d ( x ) ; }", "d(x);\n}"),
         ("java", "    int x;", " int y ; int z", "\n    int y;\n    int z"),
         ("java", "void f() {", " } void g", "}\nvoid g"),
@@ -230,6 +231,9 @@ def test_a_completion_fits_behind_the_cursor(language, before, tokens, after):
         ("python", "x = 1 \\\n", "x = 1"),
         ("python", "x = '''a\nb'''\ny", f"x = {EOL} y"),
         ("python", "s = 'longer than fifteen characters'\n", f"s = '' {EOL}"),
+        ("python", "x if'ab", "x if 'ab"),
+        ("python", "x = Rb'ab", "x = Rb'ab"),
+        ("python", "x = '\ue000', 'b'", "x = '' , 'b'"),
         ("python", "", ""),
         ("java", " * of a comment\n */\nint x;", "int x ;"),
         ("java", "int # y;\nint x;", "int x ;"),
@@ -255,6 +259,7 @@ def test_normalised_literals_go_both_ways():
     assert prompt.text == "f ( '<STR_LIT:a>' , '<STR_LIT>' , <NUM_LIT:0> , <NUM_LIT> ,"
     after = fed(prompt.writer, " '<STR_LIT:U+002C>' , <NUM_LIT> , '<STR_LIT>' ) <EOL> x = <NUM_L")
     assert after == "',', 0, '')\nx ="
+    assert fed(read("x = ", "python", "norm", allow).writer, " <NUM_LIT:") == ""  # half a placeholder
 
 
 def test_nothing_is_an_error():

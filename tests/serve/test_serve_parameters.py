@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from greencode.protocol import choose_sampling, error_body
+from greencode.parameters import Parameters, ServiceError, choose_sampling
+from greencode.replies import error_body
 
 PROMPT = {"inputs": "def add(a, b):\n"}
 EDITOR = {"max_new_tokens": 60, "temperature": 0.2, "top_p": 0.95}  # what the extension merges into a body
@@ -88,6 +89,35 @@ def test_a_depth_asks_for_a_fixed_exit(client):
 def test_a_threshold_that_nothing_uses_is_named(client):
     _, headers = post(client, exit_policy="none", exit_threshold=0.5, parameters={"colour": "red"}, wat=1)
     assert headers["x-ignored-parameters"] == "colour, exit_threshold, wat"
+
+
+def test_parameters_out_of_place_are_named(client):
+    body = {"parameters": {"stream": True, "parameters": {"details": True}}, "options": {"prompt": "x"}}
+    _, headers = post(client, **body)
+    assert headers["x-ignored-parameters"] == "options.prompt, parameters.stream"
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "listed"),
+    [
+        ("/generate", {"details": True}, False),
+        ("/generate", {}, True),
+        ("/generate", {"details": True, "stream": True}, True),
+        ("/v1/completions", {"details": True, "prompt": "x"}, True),
+    ],
+)
+def test_the_prompts_tokens_are_listed_or_the_wish_is_named(client, path, more, listed):
+    reply = client.post(path, json={**PROMPT, "decoder_input_details": True, **more})
+    ignored = reply.headers.get("x-ignored-parameters", "").split(", ")
+    assert ("decoder_input_details" in ignored) is listed
+    assert listed or reply.json()["details"]["prefill"]
+
+
+def test_a_route_of_two_prompts_takes_either_and_says_so(client):
+    for name in ("inputs", "prompt"):
+        assert client.post("/api/generate", json={name: "x = 1"}).status_code == 200
+    reply = client.post("/api/generate", json={"stream": False})
+    assert (reply.status_code, reply.json()["error"]) == (422, "body: inputs or prompt is required")
 
 
 def test_harmless_parameters_are_passed_over(client):
@@ -203,11 +233,10 @@ def test_what_is_no_object_is_refused(client, text):
     ],
 )
 def test_when_is_sampled(parameters, expected):
-    from greencode.protocol import Parameters
-
     chosen = choose_sampling(Parameters(**parameters))
     if expected and "temperature" in expected:
         expected = expected | {"repetition_penalty": 1.0}
+        assert 0 <= chosen.pop("seed") < 2**31
     assert chosen == expected
 
 
@@ -222,8 +251,6 @@ def test_a_seed_repeats_a_sample_and_is_reported(client):
 
 
 def test_errors_have_the_dialect_of_their_path():
-    from greencode.protocol import ServiceError
-
     error = ServiceError.invalid([{"loc": ("body", "seed"), "msg": "no", "type": "t"}])
     plain, openai = error_body("/generate", error, "id"), error_body("/v1/completions", error, "id")
     assert plain["error"] == "seed: no"
