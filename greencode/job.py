@@ -9,12 +9,13 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from greencode.errors import UserError
 from greencode.files import write_json
+from greencode.hub import offline
 
 _STARTED = time.perf_counter()  # scripts import this module first
 
@@ -43,7 +44,7 @@ def run(main: Callable[[Any], None], snakemake: Any, online: bool = False, meter
     ):
         try:
             with (
-                contextlib.nullcontext() if online else _offline(),
+                contextlib.nullcontext() if online else offline(),
                 meter.window() if meter else contextlib.nullcontext() as window,
             ):
                 main(snakemake)
@@ -59,31 +60,6 @@ def run(main: Callable[[Any], None], snakemake: Any, online: bool = False, meter
         log.write(f"{sentence}\n")
     print(f"{snakemake.rule}: {sentence}", file=sys.stderr)
     sys.exit(1)
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Keep the hub's libraries from asking the hub, whether they are imported by now or will be."""
-    variables = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    before = {name: os.environ.get(name) for name in variables}
-    flags = {module: module.HF_HUB_OFFLINE for module in _libraries()}
-    os.environ.update(dict.fromkeys(variables, "1"))
-    for module in flags:
-        module.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        # For those who run several jobs in one process, as tests do.
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-        for module in _libraries():
-            module.HF_HUB_OFFLINE = flags.get(module, before["HF_HUB_OFFLINE"] == "1")
-
-
-def _libraries() -> list[Any]:
-    """Modules, imported by now, that keep what the variables said when they were."""
-    names = ("huggingface_hub.constants", "datasets.config")
-    return [sys.modules[name] for name in names if name in sys.modules]
 
 
 def _sentence(error: Exception) -> str | None:

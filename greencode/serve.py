@@ -32,6 +32,7 @@ from greencode import config, models
 from greencode.errors import UserError
 from greencode.exits import check_exit_points, exit_points
 from greencode.files import read_json
+from greencode.hub import offline
 from greencode.memory import keep_freed
 from greencode.parameters import ExitPolicyName
 
@@ -255,7 +256,6 @@ def load(settings: Settings) -> Served:
     Raises:
         UserError: what the checks before could not see.
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -271,7 +271,9 @@ def load(settings: Settings) -> Served:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = models.pick_device(settings.device)
-    tokenizer = load_tokenizer(settings.weights)
+    with offline():
+        tokenizer = load_tokenizer(settings.weights)
+        model = models.load(settings.weights, device, getattr(torch, settings.dtype))
     if not tokenizer.is_fast:
         raise UserError(f"{settings.weights} has no tokenizer.json; save it with a fast tokenizer.")
     # Requests are tokenised in several threads, which must not change the tokenizer; and `</s>` in a
@@ -280,7 +282,6 @@ def load(settings: Settings) -> Served:
     fast.no_truncation()
     fast.no_padding()
     fast.encode_special_tokens = True
-    model = models.load(settings.weights, device, getattr(torch, settings.dtype))
     engine = Engine(model, settings.exit_points, tokenizer)
     fingerprint = models.fingerprint(settings.weights)
     agent = None
