@@ -14,7 +14,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Request, Response
@@ -33,7 +33,10 @@ from greencode.parameters import (
     EitherRequest,
     Exit,
     ExitPolicyName,
+    Exits,
+    ExitTarget,
     GenerateRequest,
+    HeaderExit,
     ServiceError,
     choose_exit,
     choose_sampling,
@@ -64,6 +67,7 @@ if TYPE_CHECKING:
 
     from greencode.prompts import Writer
     from greencode.serve import Settings
+    from greencode.worker import Served
 
 log = logging.getLogger(__name__)
 
@@ -78,20 +82,23 @@ class ClientGone(Exception):
     """The client closed the connection before its reply."""
 
 
-@dataclass(frozen=True)
-class HeaderExit:
-    """The exit that a request's headers ask for."""
-
-    threshold: float | None
-    policy: ExitPolicyName | None
+def target_of_header(text: str | None) -> ExitTarget | None:
+    """The target that a header asks for."""
+    if text is None:
+        return None
+    try:
+        return ExitTarget.of_text(text)
+    except ValueError:
+        raise refused("x-exit-target", "write saving=0.4 or agreement=0.9") from None
 
 
 async def header_exit(
     x_exit_threshold: Annotated[float | None, Header(ge=0, le=1, allow_inf_nan=False)] = None,
+    x_exit_target: Annotated[str | None, Header(max_length=100)] = None,
     x_exit_policy: Annotated[ExitPolicyName | None, Header()] = None,
 ) -> HeaderExit:
     """For clients whose bodies take no other parameters; the body goes first."""
-    return HeaderExit(x_exit_threshold, x_exit_policy)
+    return HeaderExit(x_exit_threshold, target_of_header(x_exit_target), x_exit_policy)
 
 
 Headers = Annotated[HeaderExit, Depends(header_exit)]
@@ -147,9 +154,7 @@ class Service:
             ServiceError: 422, naming the field.
         """
         settings, served = self.settings, self.worker.check_ready()
-        agent = served.agent is not None
-        default = Exit(settings.default_policy(agent), settings.exit_threshold)
-        how = choose_exit(body, headers.threshold, headers.policy, default, agent, served.engine.exit_points)
+        how = choose_exit(body, headers, self.exits(served))
         window = served.engine.family.window or 2**31
         limit = min(settings.max_new_tokens_limit, window - 1)
         new_tokens = settings.max_new_tokens if body.max_new_tokens is None else body.max_new_tokens
@@ -184,6 +189,12 @@ class Service:
             end_id=min(served.eos, default=0),
         )
         return order, asked
+
+    def exits(self, served: Served) -> Exits:
+        """The exits on offer."""
+        settings, agent = self.settings, served.agent is not None
+        default = Exit(settings.default_policy(agent), settings.threshold, target=settings.target)
+        return Exits(served.engine.exit_points, agent, default, settings.promises)
 
     def _read(self, body: AnyRequest, longest: int) -> tuple[list[int], int, Writer | None, bool]:
         """The prompt as the model reads it.
@@ -237,7 +248,7 @@ class Service:
         settings, served = self.settings, self.worker.check_ready()
         family = served.engine.family
         longest = settings.max_input_tokens or (family.window or 2**31) - 1
-        agent = served.agent is not None
+        agent, default, promises = served.agent is not None, self.exits(served).default, settings.promises
         return {
             "model_id": settings.names[0],
             "model_sha": served.fingerprint,
@@ -255,10 +266,12 @@ class Service:
             "greencode": {
                 "exit_policies": ["rl", "fixed", "none"] if agent else ["fixed", "none"],
                 "default": {
-                    "exit_policy": settings.default_policy(agent),
-                    "exit_threshold": settings.exit_threshold if agent else None,
+                    "exit_policy": default.policy,
+                    "exit_threshold": default.threshold if agent else None,
+                    "exit_target": default.target,
                     "max_new_tokens": settings.max_new_tokens,
                 },
+                "exit_targets": [asdict(one) for one in promises.given] if promises else [],
                 "num_layers": family.depth,
                 "exit_points": list(served.engine.exit_points),
                 "prompt_format": settings.prompt_format,
@@ -287,10 +300,14 @@ def _sound(event: Piece | Outcome | Exception) -> Piece | Outcome:
 
 def _unused(body: AnyRequest, headers: HeaderExit, how: Exit, streamed: bool) -> list[str]:
     """Names of known parameters that change nothing in this request."""
-    threshold = body.exit_threshold is not None or headers.threshold is not None
+    given = [
+        name
+        for name in ("exit_threshold", "exit_target")
+        if getattr(body, name) is not None or getattr(headers, name) is not None
+    ]
     prefill = streamed or not body.details or isinstance(body, CompletionRequest)
     return [
-        *(["exit_threshold"] if threshold and how.policy != "rl" else []),
+        *(given if how.policy != "rl" else []),
         *(["decoder_input_details"] if body.decoder_input_details and prefill else []),
     ]
 
@@ -304,6 +321,7 @@ def _note(request: Request, done: Done) -> None:
         "finish": outcome.finish,
         "exit_policy": asked.exit.policy,
         "exit_threshold": asked.exit.threshold,
+        "exit_target": asked.exit.target and asked.exit.target.model_dump(exclude_none=True),
         "mean_exit_layer": account.early_exit.mean_exit_layer,
         "layers_skipped": account.early_exit.layers_skipped,
         "joules": account.energy.joules,

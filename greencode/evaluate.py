@@ -66,6 +66,7 @@ def evaluate(
         energy_source=generation.energy_source,
         energy_note=generation.energy_note,
         provenance=provenance,
+        threshold=generation.threshold,
     )
 
 

@@ -862,11 +862,11 @@ def _measured_points(
             energy, rouge = (_relative(evaluation, full, metric) for metric in ("joules", "rougeL"))
             if method.kind in ("base", "full") or energy is None or rouge is None:
                 continue
-            series.setdefault(method.agent, []).append((energy.value, rouge.value, method.threshold))
+            series.setdefault(method.agent, []).append((energy.value, rouge.value, evaluation.threshold))
             _cross(axis, energy, rouge, look.series_colour(model, method.agent, models))
             rows.append(
                 {"origin": "this study", "model": model, "dataset": dataset, "method": name}
-                | {"threshold": method.threshold, "layers": evaluation.cost["layers"].value}
+                | {"threshold": evaluation.threshold, "layers": evaluation.cost["layers"].value}
                 | {"relative_energy": energy.value}
                 | {"relative_energy_low": energy.low, "relative_energy_high": energy.high}
                 | {"relative_rougeL": rouge.value}
@@ -917,7 +917,7 @@ def _threshold_line(
     for at, aside, align in ((0, -5, "right"), (-1, 5, "left")):
         if thresholds[at] is not None:
             axis.annotate(
-                f"{thresholds[at]:g}", (x[at], y[at]), (aside, up), textcoords="offset points", ha=align,
+                f"{thresholds[at]:.3g}", (x[at], y[at]), (aside, up), textcoords="offset points", ha=align,
                 va="center", fontsize=look.size - 2, color=_darker(colour),
             )  # fmt: skip
 
@@ -999,16 +999,20 @@ def _series(method: Method, look: _Look) -> str:
 
 
 def _agent_look(method: Method, among: Sequence[Method], look: _Look) -> _MethodLook:
-    thresholds = sorted(other.threshold or 0 for other in among if other.agent == method.agent)
-    place = thresholds.index(method.threshold or 0) / max(1, len(thresholds) - 1)
-    colour = np.array(to_rgb(look.agent_colour(method.agent or "")))
-    # From 75 % towards white to 55 % towards black.
-    toward, share = (1.0, 0.75 - 1.5 * place) if place < 0.5 else (0.0, 1.1 * (place - 0.5))
     number = look.agents.index(method.agent)
     name = "GC" if len(look.agents) == 1 else method.agent
+    colour = look.agent_colour(method.agent or "")
+    if method.wanted is not None:
+        return _MethodLook(colour, "oo", "d", f"{name}({method.wanted} ≥ {method.target:.3g})")
+    thresholds = sorted(
+        other.threshold or 0 for other in among if other.agent == method.agent and other.wanted is None
+    )
+    place = thresholds.index(method.threshold or 0) / max(1, len(thresholds) - 1)
+    # From 75 % towards white to 55 % towards black.
+    toward, share = (1.0, 0.75 - 1.5 * place) if place < 0.5 else (0.0, 1.1 * (place - 0.5))
     label = name if method.threshold is None else f"{name}(T={method.threshold:g})"
     return _MethodLook(
-        to_hex(colour * (1 - share) + toward * share),
+        to_hex(np.array(to_rgb(colour)) * (1 - share) + toward * share),
         (None, "....", "xxxx", "\\\\\\\\")[number % 4],
         _MARKERS[number % len(_MARKERS)],
         label,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from greencode import metrics
+from greencode.calibrate import Promise
 from greencode.episodes import Episodes
 from greencode.errors import UserError
 from greencode.evaluate import cost
@@ -241,7 +242,8 @@ def record(
     generations: Mapping[str, Generation],
     episodes: Episodes,
     rules: Sequence[Rule],
-    chosen: Mapping[str, Any],
+    chosen: Sequence[Mapping[str, Any]],
+    promises: Mapping[str, Sequence[Promise]],
     seed: int = 0,
     resamples: int = 1000,
 ) -> dict[str, Any]:
@@ -251,7 +253,8 @@ def record(
         generations: method -> completions of the same samples, `full`, fixed exits, `oracle` and the
             rules' operating points.
         episodes: of these samples, along the full model's text.
-        chosen: what `choose_thresholds` wrote: `points` and `calibrated`.
+        chosen: the rules' operating points, as `rules.operating_points` returned them.
+        promises: of each rule.
 
     Returns:
         `points` (one per method: its quality and cost), `summaries`, `tests`, `calibration`, and what they
@@ -262,7 +265,7 @@ def record(
     samples = {name: per_sample(generation, full) for name, generation in generations.items()}
     points = [
         point | {"metrics": {name: asdict(interval) for name, interval in found.items()}}
-        for point, found in _points(generations, samples, episodes, scores, chosen["points"], seed, resamples)
+        for point, found in _points(generations, samples, episodes, scores, chosen, seed, resamples)
     ]
     of_rule: dict[str, dict[float, str]] = {}
     for point in points:
@@ -283,7 +286,7 @@ def record(
             samples, {rule: list(shares.values()) for rule, shares in of_rule.items()}, seed, resamples
         ),
         "tests": comparisons(samples, compared, seed),
-        "calibration": _obtained(episodes, scores, chosen["calibrated"], seed, resamples),
+        "calibration": _obtained(episodes, scores, promises, seed, resamples),
     }
 
 
@@ -312,17 +315,18 @@ def _points(generations, samples, episodes, scores, chosen, seed, resamples):
         yield row, found | teacher_forced(episodes, scored, threshold, seed, resamples)
 
 
-def _obtained(episodes, scores, calibrated, seed, resamples) -> list[dict[str, Any]]:
+def _obtained(episodes, scores, promises, seed, resamples) -> list[dict[str, Any]]:
     """What each promised threshold gives on the test split, along the full model's text."""
+    asked = [(name, one) for name in scores for one in promises[name]]
     rows = []
-    for one in calibrated:
-        row = dict(one)
-        if one["threshold"] is not None:
-            found = teacher_forced(episodes, scores[one["rule"]], one["threshold"], seed, resamples)
+    for rule, one in asked:
+        row = {"rule": rule} | asdict(one)
+        if one.threshold is not None:
+            found = teacher_forced(episodes, scores[rule], one.threshold, seed, resamples)
             depth = found["forced_layers"]
             share = {end: value / episodes.exit_points[-1] for end, value in asdict(depth).items()}
             saving = Interval(1 - share["value"], 1 - share["high"], 1 - share["low"])
-            obtained = {"saving": saving, "agreement": found["forced_agreement"]}[one["wanted"]]
+            obtained = {"saving": saving, "agreement": found["forced_agreement"]}[one.wanted]
             row |= {f"obtained_{end}": value for end, value in asdict(obtained).items()}
         rows.append(row)
     return rows

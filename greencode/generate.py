@@ -82,7 +82,7 @@ def run(
     The first `settings["warmup"]` samples run once before anything is timed.
 
     Args:
-        about: `model`, `dataset`, `language`, `method` of the `Generation`.
+        about: `model`, `dataset`, `language`, `method`, `threshold` of the `Generation`.
     """
     decoding = Decoding(kv, lambda number: policy)
     _warm_up(engine, samples, [decoding], settings, meter)
@@ -98,10 +98,12 @@ class Decoding:
     Attributes:
         kv: mode of the KV cache.
         policy_of: exit policy of a sample, by its number.
+        threshold: T of the policy, if it has one.
     """
 
     kv: str
     policy_of: Callable[[int], Policy | None]
+    threshold: float | None = None
 
 
 def run_side_by_side(
@@ -135,9 +137,13 @@ def run_side_by_side(
             )
     return {
         name: _generation(
-            engine, meter, completions, about | {"method": name}, replace(provenance, kv=methods[name].kv)
+            engine,
+            meter,
+            done[name],
+            about | {"method": name, "threshold": decoding.threshold},
+            replace(provenance, kv=decoding.kv),
         )
-        for name, completions in done.items()
+        for name, decoding in methods.items()
     }
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+if TYPE_CHECKING:
+    from greencode.calibrate import Calibration
 
 ExitPolicyName = Literal["rl", "fixed", "none"]
 
@@ -96,6 +99,51 @@ def refused(loc: str, message: str) -> ServiceError:
     return ServiceError.invalid([{"loc": (loc,), "msg": message, "type": "value_error"}])
 
 
+class ExitTarget(BaseModel):
+    """What leaving early shall save or keep: one of the two."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    saving: Annotated[Number, Field(gt=0, lt=1)] | None = Field(None, description="Share of the layers.")
+    agreement: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        None, description="Share of the full model's tokens."
+    )
+
+    @model_validator(mode="after")
+    def _is_one(self) -> ExitTarget:
+        if (self.saving is None) == (self.agreement is None):
+            raise PydanticCustomError("value_error", "ask for either saving or agreement")
+        return self
+
+    @classmethod
+    def of_text(cls, text: str) -> ExitTarget:
+        """From `saving=0.4`, as headers and flags have it; anything else is a `ValueError`."""
+        wanted, _, share = text.partition("=")
+        return cls.model_validate({wanted.strip(): float(share)})
+
+    @property
+    def asked(self) -> tuple[str, float]:
+        """What is wanted, and its share."""
+        return ("agreement", self.agreement) if self.saving is None else ("saving", self.saving)
+
+    def promised(self, calibration: Calibration | None) -> float:
+        """The threshold that promises it.
+
+        Raises:
+            LookupError: a phrase, if nothing does.
+        """
+        if calibration is None:
+            raise LookupError("the agent of this server is not calibrated; send exit_threshold")
+        wanted, share = self.asked
+        promise = calibration.find(wanted, share)
+        if promise is None:
+            most = calibration.most(wanted)
+            limit = "none of any size is" if most is None else f"at most {most:g} is"
+            article = "an" if wanted == "agreement" else "a"
+            raise LookupError(f"{article} {wanted} of {share:g} is not promised by the agent; {limit}")
+        return promise.threshold
+
+
 class Parameters(BaseModel):
     """Parameters of one completion; null is the same as absent. Unknown ones are ignored and listed."""
 
@@ -103,6 +151,11 @@ class Parameters(BaseModel):
 
     exit_threshold: Annotated[Number, Field(ge=0, le=1)] | None = Field(
         None, description="T: a token leaves where the agent's P(exit) > T. Alias: RL_agent_thresh."
+    )
+    exit_target: ExitTarget | None = Field(
+        None,
+        description="In place of exit_threshold: what shall be saved or kept. The threshold is the one that "
+        "promises it, see /info.",
     )
     exit_policy: ExitPolicyName | None = Field(
         None, description="Who decides on leaving: the agent (rl), exit_layer (fixed), nobody (none)."
@@ -283,52 +336,86 @@ AnyRequest = GenerateRequest | CompletionRequest | EitherRequest
 
 @dataclass(frozen=True)
 class Exit:
-    """How tokens leave: a policy, with the threshold of `rl` or the depth of `fixed`."""
+    """How tokens leave: a policy, with the threshold of `rl` or the depth of `fixed`; the target that the
+    threshold keeps, if one was asked for."""
 
     policy: ExitPolicyName
     threshold: float | None = None
     layer: int | None = None
+    target: ExitTarget | None = None
 
 
-def choose_exit(
-    request: Parameters,
-    header_threshold: float | None,
-    header_policy: ExitPolicyName | None,
-    default: Exit,
-    agent: bool,
-    exit_points: tuple[int, ...],
-) -> Exit:
-    """The exit that a request asks for; its body goes before the headers, and these before `default`.
+@dataclass(frozen=True)
+class HeaderExit:
+    """The exit that a request's headers ask for."""
 
-    A threshold without a policy asks for the agent, a depth for a fixed exit.
+    exit_threshold: float | None = None
+    exit_target: ExitTarget | None = None
+    exit_policy: ExitPolicyName | None = None
 
-    Args:
-        default: the server's; its threshold holds for `rl` wherever none is given.
+
+@dataclass(frozen=True)
+class Exits:
+    """The exits that a server has.
+
+    Attributes:
+        points: depths, ending at N.
         agent: whether there is one.
+        default: where a request asks for nothing; its threshold holds for `rl` wherever none is given.
+        calibration: what the agent promises.
+    """
+
+    points: tuple[int, ...]
+    agent: bool
+    default: Exit
+    calibration: Calibration | None = None
+
+
+def choose_exit(request: Parameters, header: HeaderExit, exits: Exits) -> Exit:
+    """The exit that a request asks for; its body goes before the headers, and these before the default.
+
+    A threshold or a target without a policy asks for the agent, a depth for a fixed exit.
 
     Raises:
         ServiceError: 422, contradictory, or nothing that this server has.
     """
-    layer, threshold = request.exit_layer, request.exit_threshold
-    if request.exit_policy is None and layer is not None and threshold is not None:
-        raise refused("exit_policy", "exit_threshold and exit_layer exclude each other; name one policy")
-    implied = "fixed" if layer is not None else "rl" if threshold is not None else None
-    header_implied = "rl" if header_threshold is not None else None
-    policy = request.exit_policy or implied or header_policy or header_implied or default.policy
+    layer = request.exit_layer
+    for one in (request, header):
+        if one.exit_threshold is not None and one.exit_target is not None:
+            raise refused("exit_target", "exit_threshold and exit_target exclude each other")
+    for_agent, header_for_agent = (
+        one.exit_threshold is not None or one.exit_target is not None for one in (request, header)
+    )
+    if request.exit_policy is None and layer is not None and for_agent:
+        raise refused("exit_policy", "exit_threshold or exit_target, and exit_layer exclude each other")
+    implied = "fixed" if layer is not None else "rl" if for_agent else None
+    header_implied = "rl" if header_for_agent else None
+    policy = request.exit_policy or implied or header.exit_policy or header_implied or exits.default.policy
     if policy != "fixed" and layer is not None:
         raise refused("exit_layer", "it needs exit_policy fixed")
     if policy == "none":
         return Exit("none")
     if policy == "rl":
-        if not agent:
+        if not exits.agent:
             raise refused("exit_policy", "this server has no agent; use fixed or none")
-        given = (threshold, header_threshold, default.threshold)
-        return Exit("rl", threshold=next(one for one in given if one is not None))
+        return _agents_exit(request, header, exits)
     if layer is None:
         raise refused("exit_layer", "exit_policy fixed needs it")
-    if layer not in exit_points:
-        raise refused("exit_layer", f"it must be one of the exit points {list(exit_points)}")
+    if layer not in exits.points:
+        raise refused("exit_layer", f"it must be one of the exit points {list(exits.points)}")
     return Exit("fixed", layer=layer)
+
+
+def _agents_exit(request: Parameters, header: HeaderExit, exits: Exits) -> Exit:
+    for one in (request, header):
+        if one.exit_threshold is not None:
+            return Exit("rl", one.exit_threshold)
+        if one.exit_target is not None:
+            try:
+                return Exit("rl", one.exit_target.promised(exits.calibration), target=one.exit_target)
+            except LookupError as error:
+                raise refused("exit_target", str(error)) from None
+    return Exit("rl", exits.default.threshold, target=exits.default.target)
 
 
 def choose_sampling(request: Parameters) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from greencode.parameters import Detail, Exit, ExitPolicyName, ServiceError
+from greencode.parameters import Detail, Exit, ExitPolicyName, ExitTarget, ServiceError
 
 if TYPE_CHECKING:
     from greencode.worker import Outcome, Piece
@@ -88,6 +88,7 @@ class EarlyExit(BaseModel):
 
     policy: ExitPolicyName
     threshold: float | None
+    target: ExitTarget | None = Field(description="What the threshold was chosen for.")
     exit_layer: int | None = Field(description="Of the policy fixed.")
     num_layers: int
     exit_layers: list[int] = Field(description="Layers run to decide each token.")
@@ -251,6 +252,7 @@ class Done:
             early_exit=EarlyExit(
                 policy=asked.exit.policy,
                 threshold=asked.exit.threshold,
+                target=asked.exit.target,
                 exit_layer=asked.exit.layer,
                 num_layers=asked.layers,
                 exit_layers=depths,

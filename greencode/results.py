@@ -143,6 +143,7 @@ class Generation:
         exit_points: depths at which leaving is allowed, ending at N.
         energy_source: `nvml`, `rapl`, `estimate`, or None.
         energy_note: one sentence on how joules were obtained.
+        threshold: T of a rule; None for a method without one.
     """
 
     model: str
@@ -155,6 +156,7 @@ class Generation:
     energy_note: str
     provenance: Provenance
     completions: list[Completion]
+    threshold: float | None = None
 
     def write(self, path: str | Path) -> None:
         """Write JSON Lines: a head line, then one line per completion."""
@@ -215,6 +217,7 @@ class Evaluation:
         cost: `seconds`, `cpu_seconds`, `joules` (absent where not measured) and `layers` per sample
             or token, `tokens_per_second`, `layers_skipped`; each with its interval.
         depth_counts: generated tokens per depth.
+        threshold: T of a rule; None for a method without one.
     """
 
     model: str
@@ -230,6 +233,7 @@ class Evaluation:
     energy_source: str | None
     energy_note: str
     provenance: Provenance
+    threshold: float | None = None
 
     def write(self, path: str | Path) -> None:
         """Write as JSON."""

@@ -44,12 +44,14 @@ class Rule:
         kind: one of `KINDS`.
         network: of a trained rule.
         seed: of the random rule.
+        temperature: of a trained rule's softmax.
     """
 
     name: str
     kind: str
     network: ExitPolicy | None = None
     seed: int = 0
+    temperature: float = 1.0
 
     def scores(self, episodes: Episodes) -> np.ndarray:
         """Score of every exit point before the final layer, float32 [episodes, T, E]."""
@@ -60,7 +62,8 @@ class Rule:
         if self.kind == "random":
             return np.random.default_rng(self.seed).random(episodes.observations.shape[:3], np.float32)
         assert self.network is not None
-        return in_chunks(self.network.probability, episodes.observations)
+        network = self.network
+        return in_chunks(lambda seen: network.probability(seen, self.temperature), episodes.observations)
 
     def policy(self, threshold: float, exit_points: tuple[int, ...], device: str = "cpu") -> Policy:
         """The rule at inference, for one completion after another."""
@@ -71,7 +74,7 @@ class Rule:
         if self.kind == "random":
             return RandomExit(threshold, self.seed)
         assert self.network is not None
-        return AgentExit(self.network, threshold, device=device)
+        return AgentExit(self.network, threshold, self.temperature, device)
 
 
 def _runs(tokens: np.ndarray) -> np.ndarray:
@@ -180,7 +183,11 @@ def operating_points(
 
 
 def load_rules(
-    kinds: Mapping[str, str], files: Iterable[str | Path], episodes: Episodes, seed: int
+    kinds: Mapping[str, str],
+    files: Iterable[str | Path],
+    episodes: Episodes,
+    seed: int,
+    temperature: float = 1.0,
 ) -> list[Rule]:
     """The study's rules by name and kind; each trained one's network is in the folder of its name.
 
@@ -197,4 +204,4 @@ def load_rules(
         )
         for path in files
     }
-    return [Rule(name, kind, found.get(name), seed) for name, kind in kinds.items()]
+    return [Rule(name, kind, found.get(name), seed, temperature) for name, kind in kinds.items()]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -29,12 +29,13 @@ from pydantic_settings import (
 )
 
 from greencode import config, models
+from greencode.calibrate import Calibration
 from greencode.errors import UserError
 from greencode.exits import check_exit_points, exit_points
-from greencode.files import read_json
+from greencode.files import read_json, sha256
 from greencode.hub import offline
 from greencode.memory import keep_freed
-from greencode.parameters import ExitPolicyName
+from greencode.parameters import ExitPolicyName, ExitTarget
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,6 +71,9 @@ class Settings(BaseSettings):
     agent: str | None = Field(None, description="Agent of the study; its first unless told.")
     weights: Path | None = Field(None, description="In place of a study: a fine-tuned model's folder.")
     policy: Path | None = Field(None, description="The agent of --weights, a policy.safetensors.")
+    calibration: Path | None = Field(
+        None, description="What that agent promises: the file that the study's rule calibrate writes."
+    )
     exit_points: Annotated[tuple[int, ...] | None, NoDecode] = Field(
         None, description="Of --weights: depths with commas; the agent's own or the paper's rule unless told."
     )
@@ -93,6 +97,9 @@ class Settings(BaseSettings):
         None, description="Where a request names none: rl if there is an agent, else none."
     )
     exit_threshold: float = Field(0.9, ge=0, le=1, description="Of rl, where a request names none.")
+    exit_target: str | None = Field(
+        None, description="In place of --exit-threshold, what is promised: saving=0.4 or agreement=0.9."
+    )
     prompt_format: Literal["source", "tokens"] | None = Field(
         None, description="Where a request names none: source if the language is known, else tokens."
     )
@@ -130,6 +137,16 @@ class Settings(BaseSettings):
             values["exit_points"] = tuple(part.strip() for part in points.split(","))
         return values
 
+    @field_validator("exit_target")
+    @classmethod
+    def _is_target(cls, text: str | None) -> str | None:
+        if text is not None:
+            try:
+                ExitTarget.of_text(text)
+            except ValueError:
+                raise ValueError("write saving=0.4 or agreement=0.9, a share between 0 and 1") from None
+        return text
+
     @property
     def names(self) -> list[str]:
         """What clients may call the model, the first for replies."""
@@ -141,6 +158,30 @@ class Settings(BaseSettings):
     def default_policy(self, agent: bool) -> ExitPolicyName:
         """The exit policy where a request names none."""
         return self.exit_policy or ("rl" if agent else "none")
+
+    @functools.cached_property
+    def target(self) -> ExitTarget | None:
+        """What is promised where a request asks for nothing else."""
+        return ExitTarget.of_text(self.exit_target) if self.exit_target else None
+
+    @functools.cached_property
+    def threshold(self) -> float:
+        """T where a request asks for none.
+
+        Raises:
+            UserError: if the target is not promised.
+        """
+        if self.target is None:
+            return self.exit_threshold
+        try:
+            return self.target.promised(self.promises)
+        except LookupError as error:
+            raise UserError(f"--exit-target: {error}.") from None
+
+    @functools.cached_property
+    def promises(self) -> Calibration | None:
+        """What the agent promises, if that is known."""
+        return Calibration.load(self.calibration) if self.calibration else None
 
     @functools.cached_property
     def allow(self) -> dict[str, list[str]] | None:
@@ -158,9 +199,10 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
         settings = CliApp.run(Settings, cli_args=sys.argv[1:] if arguments is None else arguments)
     except ValidationError as error:
         fault = error.errors()[0]
+        said = str(fault["msg"]).removeprefix("Value error, ")
         name = str(fault["loc"][0]) if fault["loc"] else "settings"
         flag = f"--{name.replace('_', '-')} (or GREENCODE_{name.upper()})"
-        raise UserError(f"{flag}: {fault['msg']}.") from None
+        raise UserError(f"{flag}: {said}.") from None
     except SettingsError as error:
         raise UserError(f"{str(error).splitlines()[0]}; --help lists the flags.") from None
     settings = _of_study(settings) if settings.study else settings
@@ -187,6 +229,7 @@ def _of_study(settings: Settings) -> Settings:
     results = Path("results")
     weights = results / "models" / model / dataset
     policy = results / "agents" / model / dataset / agent / "policy.safetensors" if agent else None
+    promises = results / "calibration" / model / dataset / f"{agent}.json"
     for path in filter(None, [weights, policy]):
         if not path.exists():
             raise UserError(f"{path} does not exist; run the study first (`make figures`).")
@@ -196,6 +239,7 @@ def _of_study(settings: Settings) -> Settings:
         "dataset": dataset,
         "weights": weights,
         "policy": policy,
+        "calibration": promises if promises.exists() else None,
         "exit_points": config.points_of(study["models"][model]),
         "language": study["datasets"][dataset]["language"],
         "variant": variant,
@@ -230,6 +274,9 @@ def _check(settings: Settings) -> None:
         from greencode.policies import ExitPolicy
 
         points = ExitPolicy.load(settings.policy, models.fingerprint(settings.weights), points).exit_points
+        _check_promises(settings)
+    elif settings.calibration or settings.exit_target:
+        raise UserError("--calibration and --exit-target need an agent; give --policy FILE.")
     elif settings.exit_policy == "rl":
         raise UserError("--exit-policy rl needs an agent; give --policy FILE or another exit policy.")
     settings.exit_points = check_exit_points(points, layers) if points else exit_points(layers)
@@ -248,6 +295,19 @@ def _check(settings: Settings) -> None:
     if window and settings.max_new_tokens >= window:
         raise UserError(f"--max-new-tokens {settings.max_new_tokens} leaves no room in the model's {window}.")
     _ = settings.allow
+
+
+def _check_promises(settings: Settings) -> None:
+    """Promises hold for one agent at one temperature."""
+    known = settings.promises
+    if known is not None and known.policy != sha256(settings.policy):
+        raise UserError(f"{settings.calibration} is of another agent than {settings.policy}; calibrate it.")
+    if known is not None and known.temperature != settings.agent_temperature:
+        raise UserError(
+            f"{settings.calibration} is for --agent-temperature {known.temperature:g}, not "
+            f"{settings.agent_temperature:g}; calibrate the agent at that."
+        )
+    _ = settings.threshold
 
 
 def load(settings: Settings) -> Served:

@@ -61,7 +61,7 @@ PAPER_PPO = {
 """The two settings that Table III reads as."""
 
 _FIXED = re.compile(r"fixed-(\d+)")
-_THRESHOLD = re.compile(r"(.+)-T(\d+(?:\.\d+)?(?:e-?\d+)?)")
+_THRESHOLD = re.compile(r"(.+)-(T|[a-z]+)(\d+(?:\.\d+)?(?:e-?\d+)?)")
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Method:
         agent: the agent's name, if it is one.
         threshold: T of an agent.
         depth: layers run by a fixed exit.
+        wanted, target: what an agent at a calibrated threshold promises.
     """
 
     name: str
@@ -80,22 +81,32 @@ class Method:
     agent: str | None = None
     threshold: float | None = None
     depth: int | None = None
+    wanted: str | None = None
+    target: float | None = None
 
     @property
-    def order(self) -> tuple[int, str, float]:
-        """Sort key: base, full, fixed by depth, agents by name and threshold."""
+    def order(self) -> tuple[int, str, str, float]:
+        """Sort key: base, full, fixed by depth, agents by name, by threshold, and by promise."""
         rank = ("base", "full", "fixed", "agent").index(self.kind)
-        return rank, self.agent or "", float(self.depth or self.threshold or 0)
+        return (
+            rank,
+            self.agent or "",
+            self.wanted or "",
+            float(self.depth or self.threshold or self.target or 0),
+        )
 
 
 def parse_method(name: str) -> Method:
-    """Take a method's name apart: `base`, `full`, `fixed-8`, `frugal-T0.9`."""
+    """Take a method's name apart: `base`, `full`, `fixed-8`, `frugal-T0.9`, `frugal-saving0.3`."""
     if name in ("base", "full"):
         return Method(name, name)
     if found := _FIXED.fullmatch(name):
         return Method(name, "fixed", depth=int(found[1]))
     if found := _THRESHOLD.fullmatch(name):
-        return Method(name, "agent", agent=found[1], threshold=float(found[2]))
+        agent, what, number = found[1], found[2], float(found[3])
+        if what == "T":
+            return Method(name, "agent", agent, threshold=number)
+        return Method(name, "agent", agent, wanted=what, target=number)
     return Method(name, "agent", agent=name)
 
 
@@ -327,7 +338,7 @@ def _overhead_row(
         "model": evaluation.model,
         "dataset": evaluation.dataset,
         "agent": method.agent,
-        "threshold": method.threshold,
+        "threshold": evaluation.threshold,
         "origin": "this study",
         "checks_per_completion": checks,
         "seconds_per_check": record["seconds_per_check"],
@@ -381,7 +392,7 @@ def all_results(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
                             "language": evaluation.language,
                             "method": name,
                             "agent": method.agent,
-                            "threshold": method.threshold,
+                            "threshold": evaluation.threshold,
                             "samples": evaluation.samples,
                             "kind": kind,
                             "metric": metric,
@@ -419,7 +430,8 @@ def summary(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
         full = require_full(methods)
         for name, evaluation in methods.items():
             row: dict[str, Any] = {"model": model, "dataset": dataset, "method": name}
-            row |= {"samples": evaluation.samples, "kv": evaluation.provenance.kv}
+            row |= {"threshold": evaluation.threshold, "samples": evaluation.samples}
+            row |= {"kv": evaluation.provenance.kv}
             for metric in SUMMARY_QUALITY:
                 interval = evaluation.quality.get(metric)
                 row[metric] = interval and interval.value

@@ -34,6 +34,7 @@ CONFIG = {
     "trajectories": {"train_episodes": 16, "validation_episodes": 8, "new_tokens": 5, "batch_size": 8},
     "agents": {"agent": {"preset": "small", "steps": 2048, "environments": 4}},
     "thresholds": [0.5],
+    "targets": {"agreement": [0.25]},
     "frontier": {
         "rules": {
             **{kind: {"kind": kind} for kind in ("confidence", "patience", "random", "classifier")},

@@ -10,10 +10,11 @@ import torch
 from small_study import CONFIG
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from greencode.calibrate import Calibration
 from greencode.corpus import read_split
 from greencode.results import Evaluation, Generation, read_generations
 
-METHODS = ["base", "full", "fixed-4", "agent-T0.5"]
+METHODS = ["base", "full", "fixed-4", "agent-T0.5", "agent-agreement0.25"]
 FIGURES = [
     "fig01_fixed_exit",
     "fig03_exit_weights",
@@ -94,7 +95,8 @@ def test_results_say_how_they_were_made(study):
 JOBS = {
     "prepare_corpus": 1, "fetch_base_model": 1, "finetune_model": 1, "record_trajectories": 1,
     "train_agent": 1, "measure_overhead": 1, "generate_base": 1, "generate_full": 1, "generate_fixed": 1,
-    "generate_agent": 1, "evaluate_method": len(METHODS), "write_tables": 1, "figure_fixed_exit": 1,
+    "generate_agent": 1, "calibrate": 1, "generate_promise": 1,
+    "evaluate_method": len(METHODS), "write_tables": 1, "figure_fixed_exit": 1,
     "figure_exit_weights": 1, "figure_loss_curves": 1, "figure_agent_reward": 1, "figure_optimal_exits": 1,
     "figure_pair": 1, "figure_published_vs_measured": 1,
 }  # fmt: skip
@@ -168,6 +170,21 @@ def test_a_fixed_exit_runs_its_layers_only(study):
         assert done.layer_positions == 4 * (done.context_tokens + len(done.tokens) - 1)
 
 
+def test_a_promise_runs_at_the_threshold_that_keeps_it(study):
+    calibration = Calibration.load(study.folder / "results/calibration/tiny/code/agent.json")
+    asked = {(one.wanted, one.target) for one in calibration.promises}
+    assert asked == {("saving", 0.1), ("agreement", 0.5), ("agreement", 0.25)}
+    promise = calibration.find("agreement", 0.25)
+    generation = Generation.read(study.folder / "results/generations/tiny/code/agent-agreement0.25.jsonl")
+    assert generation.threshold == (promise.threshold if promise else 1)
+    plain = Generation.read(study.folder / "results/generations/tiny/code/agent-T0.5.jsonl")
+    assert plain.threshold == 0.5
+    with open(study.folder / "results/tables/summary.csv", newline="", encoding="utf-8") as stream:
+        thresholds = {row["method"]: row["threshold"] for row in csv.DictReader(stream)}
+    assert float(thresholds["agent-agreement0.25"]) == pytest.approx(generation.threshold)
+    assert thresholds["full"] == ""
+
+
 def test_a_second_run_has_nothing_to_do(study):
     done = study.snakemake("figures")
     assert done.returncode == 0
@@ -211,7 +228,7 @@ def test_every_rule_is_on_the_frontier(frontier):
     assert oracle["layers"]["value"] == pytest.approx(oracle["forced_layers"]["value"])
     assert {row["rule"] for row in record["summaries"]} == {"fixed", "oracle", *rules}
     assert len(record["tests"]) == 2 * len(rules) * (len(rules) - 1) // 2
-    assert len(record["calibration"]) == 2 * len(rules)
+    assert len(record["calibration"]) == 3 * len(rules)
     assert record["samples"] == 3
 
 

@@ -13,11 +13,17 @@ import uvicorn
 
 from greencode import models, serve
 from greencode.api import create_app
+from greencode.calibrate import Calibration, Promise
+from greencode.files import sha256
 from greencode.policies import ExitPolicy
+from greencode.results import Provenance
 from greencode.telemetry import Telemetry
 from greencode.worker import Worker
 
 POINTS = (2, 4, 6, 8)
+PROMISES = [
+    ("saving", 0.2, 0.6), ("saving", 0.4, 0.45), ("agreement", 0.9, 0.7), ("agreement", 0.99, None),
+]  # fmt: skip
 WINDOW = 256
 TEXTS = [
     "import os <EOL> def add ( a , b ) : <EOL> return a + b <EOL> class Point : <EOL> def f ( self ) :",
@@ -57,6 +63,13 @@ def weights(tmp_path_factory):
     ]
     policy = folder.parent / "agent/policy.safetensors"
     ExitPolicy(layers, POINTS, "final_norm", models.fingerprint(folder), {}).save(policy)
+    promises = tuple(
+        Promise(wanted, target, 0.9, threshold, 0.3, 0.95, 50, None if threshold else "too few files")
+        for wanted, target, threshold in PROMISES
+    )
+    Calibration("agent", models.fingerprint(folder), sha256(policy), 1.0, promises).save(
+        policy.with_name("calibration.json"), Provenance.now({})
+    )
     return folder
 
 
@@ -69,6 +82,7 @@ def settings_of(weights):
         known = {
             "weights": weights,
             "policy": policy,
+            "calibration": policy.with_name("calibration.json"),
             "language": "python",
             "served_name": "tiny",
             "threads": 1,

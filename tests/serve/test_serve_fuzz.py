@@ -99,9 +99,14 @@ def test_the_openapi_names_all_routes_and_parameters(endpoint):
     }  # fmt: skip
     for name in ("GenerateRequest", "CompletionRequest", "EitherRequest"):
         fields = described["components"]["schemas"][name]["properties"]
-        assert {"exit_threshold", "exit_policy", "exit_layer", "max_new_tokens", "stop", "parameters"} <= set(
-            fields
-        )
+        assert {
+            "exit_threshold",
+            "exit_target",
+            "exit_policy",
+            "exit_layer",
+            "max_new_tokens",
+            "stop",
+        } <= set(fields)
     headers = {one["name"] for one in described["paths"]["/generate"]["post"]["parameters"]}
-    assert headers == {"x-exit-threshold", "x-exit-policy"}
+    assert headers == {"x-exit-threshold", "x-exit-target", "x-exit-policy"}
     assert endpoint.client.get("/docs").status_code == 200

@@ -78,6 +78,90 @@ def test_the_exit_is_found_wherever_it_stands(client, body, headers, expected):
     assert seen == (expected[1] if expected[0] == "rl" else None)
 
 
+@pytest.mark.parametrize(
+    ("body", "headers", "threshold", "target"),
+    [
+        ({"exit_target": {"saving": 0.4}}, {}, 0.45, {"saving": 0.4}),
+        # The mildest promise that is enough.
+        ({"exit_target": {"saving": 0.15}}, {}, 0.6, {"saving": 0.15}),
+        ({"options": {"exit_target": {"agreement": 0.5}}}, {}, 0.7, {"agreement": 0.5}),
+        ({"exit_policy": "rl"}, {"X-Exit-Target": "saving=0.3"}, 0.45, {"saving": 0.3}),
+        ({}, {"X-Exit-Target": "agreement = 0.9"}, 0.7, {"agreement": 0.9}),
+        ({"exit_target": {"saving": 0.2}}, {"X-Exit-Threshold": "0.1"}, 0.6, {"saving": 0.2}),
+        ({"exit_threshold": 0.1}, {"X-Exit-Target": "saving=0.2"}, 0.1, None),
+    ],
+)
+def test_a_target_is_answered_by_the_threshold_that_promises_it(client, body, headers, threshold, target):
+    details, replied = post(client, headers=headers, **body)
+    early = details["early_exit"]
+    assert (early["policy"], early["threshold"]) == ("rl", threshold)
+    asked = early["target"] and {name: share for name, share in early["target"].items() if share is not None}
+    assert asked == target
+    assert client.endpoint.engine.seen[-1][1] == threshold
+    assert replied["x-exit-threshold"] == str(threshold)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "said"),
+    [
+        (
+            {"exit_target": {"saving": 0.5}},
+            {},
+            "a saving of 0.5 is not promised by the agent; at most 0.4 is",
+        ),
+        (
+            {"exit_target": {"agreement": 0.95}},
+            {},
+            "an agreement of 0.95 is not promised by the agent; at most",
+        ),
+        ({"exit_target": {"saving": 0.2, "agreement": 0.9}}, {}, "ask for either saving or agreement"),
+        ({"exit_target": {}}, {}, "ask for either"),
+        ({"exit_target": {"speed": 0.2}}, {}, "exit_target: "),
+        ({"exit_target": {"saving": 1}}, {}, "exit_target: "),
+        ({"exit_target": 0.4}, {}, "exit_target: "),
+        ({"exit_target": {"saving": 0.2}, "exit_threshold": 0.5}, {}, "exclude each other"),
+        ({"exit_target": {"saving": 0.2}, "exit_layer": 4}, {}, "exclude each other"),
+        ({}, {"X-Exit-Target": "0.4"}, "x-exit-target: write saving=0.4 or agreement=0.9"),
+        ({}, {"X-Exit-Target": "saving=much"}, "x-exit-target: write"),
+        ({}, {"X-Exit-Target": "saving=0.2", "X-Exit-Threshold": "0.5"}, "exclude each other"),
+    ],
+)
+def test_a_target_that_is_not_promised_is_refused(client, body, headers, said):
+    reply = client.post("/generate", json={**PROMPT, **body}, headers=headers)
+    assert reply.status_code == 422
+    assert said in reply.json()["error"]
+
+
+def test_a_target_that_nothing_uses_is_named(client):
+    _, headers = post(client, exit_policy="none", exit_target={"saving": 0.2})
+    assert headers["x-ignored-parameters"] == "exit_target"
+
+
+def test_what_is_promised_is_public(client):
+    told = client.get("/info").json()["greencode"]["exit_targets"]
+    given = [(one["wanted"], one["target"], one["threshold"]) for one in told]
+    assert given == [("saving", 0.2, 0.6), ("saving", 0.4, 0.45), ("agreement", 0.9, 0.7)]
+    assert {one["confidence"] for one in told} == {0.9}
+
+
+def test_a_server_may_keep_a_promise_by_default(make_endpoint):
+    from starlette.testclient import TestClient
+
+    endpoint = make_endpoint(exit_target="saving=0.4")
+    with TestClient(endpoint.app) as client:
+        assert endpoint.wait(lambda: endpoint.worker.state == "ready")
+        early = client.post("/generate", json={**PROMPT, "details": True}).json()["details"]["early_exit"]
+        assert (early["threshold"], early["target"]["saving"]) == (0.45, 0.4)
+        default = client.get("/info").json()["greencode"]["default"]
+        assert (default["exit_threshold"], default["exit_target"]["saving"]) == (0.45, 0.4)
+    endpoint = make_endpoint(calibration=None)
+    with TestClient(endpoint.app) as client:
+        assert endpoint.wait(lambda: endpoint.worker.state == "ready")
+        assert client.get("/info").json()["greencode"]["exit_targets"] == []
+        reply = client.post("/generate", json={**PROMPT, "exit_target": {"saving": 0.2}})
+        assert "the agent of this server is not calibrated; send exit_threshold" in reply.json()["error"]
+
+
 def test_a_depth_asks_for_a_fixed_exit(client):
     details, _ = post(client, exit_layer=4)
     assert details["early_exit"]["policy"] == "fixed"

@@ -60,6 +60,15 @@ WRONG = {
     "more than the window": (
         ["MODEL", "--max-new-tokens", "300", "--max-new-tokens-limit", "300"], "leaves no room",
     ),
+    "no target": (["FLAGS", "--exit-target", "0.4"], "--exit-target (or GREENCODE_EXIT_TARGET): write "),
+    "a target that is not promised": (
+        ["FLAGS", "--calibration", "PROMISES", "--exit-target", "saving=0.7"], "at most 0.4 is",
+    ),
+    "a target without promises": (["FLAGS", "--exit-target", "saving=0.4"], "is not calibrated"),
+    "promises without an agent": (["MODEL", "--calibration", "PROMISES"], "need an agent"),
+    "promises at another temperature": (
+        ["FLAGS", "--calibration", "PROMISES", "--agent-temperature", "2"], "--agent-temperature 1, not 2",
+    ),
     "no study": (["--study", "nowhere.yaml"], "nowhere.yaml cannot be read"),
     "study and weights": (["MODEL", "--study", "config/config.yaml"], "Give either --study"),
 }  # fmt: skip
@@ -70,7 +79,9 @@ def test_a_wrong_setting_is_one_sentence(weights, flags, fault, capsys):
     given, said = WRONG[fault]
     arguments = []
     for word in given:
-        arguments += {"MODEL": ["--weights", str(weights)], "FLAGS": flags}.get(word, [word])
+        known = {"MODEL": ["--weights", str(weights)], "FLAGS": flags}
+        known["PROMISES"] = [str(weights.parent / "agent/calibration.json")]
+        arguments += known.get(word, [word])
     with pytest.raises(SystemExit) as ended:
         serve.main(arguments)
     error = capsys.readouterr().err
@@ -149,6 +160,20 @@ def test_a_study_is_served_as_it_was_measured(study):
     assert settings.names == ["tiny-code", "tiny", "tiny/code"]
     assert serve.read_settings([*study(), "--dataset", "more"]).language == "java"
     assert serve.read_settings([*study(), "--threads", "3"]).threads == 3
+
+
+def test_what_a_studys_agent_promises_is_served(study, tmp_path, weights):
+    assert serve.read_settings(study()).promises is None
+    folder = tmp_path / "results/calibration/tiny/code"
+    folder.mkdir(parents=True)
+    shutil.copy(weights.parent / "agent/calibration.json", folder / "first.json")
+    assert serve.read_settings(study()).promises.most("saving") == 0.4
+    assert serve.read_settings([*study(), "--exit-target", "saving=0.3"]).threshold == 0.45
+    # An agent that was trained again has promised nothing yet.
+    with open(tmp_path / "results/agents/tiny/code/first/policy.safetensors", "ab") as policy:
+        policy.write(b" ")
+    with pytest.raises(UserError):
+        serve.read_settings(study())
 
 
 def test_a_study_of_normalised_literals_is_served_with_them(study):

@@ -1,15 +1,18 @@
 """Thresholds that keep a promise: the guarantee holds on fresh draws, and what cannot be promised is said."""
 
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from test_rules import HIDDEN, heads, make
 
 from greencode.__main__ import main as commands
-from greencode.calibrate import calibrate, candidates, main, outcomes, p_value
+from greencode.calibrate import Calibration, calibrate, candidates, main, outcomes, p_value
 from greencode.errors import UserError
 from greencode.policies import ExitPolicy
+from greencode.results import Provenance
 from greencode.rules import Rule
 from greencode.stopping import Settings, train
 
@@ -93,6 +96,37 @@ def test_files_are_the_independent_units(rule):
     assert depth.shape == kept.shape == (10, 3)
     assert depth[:, 2].tolist() == [1.0] * 10
     assert kept[:, 2].tolist() == [1.0] * 10
+
+
+def test_a_calibration_is_kept_as_a_file(rule, tmp_path):
+    training, validation = make(count=200, seed=1), make(count=300, seed=3)
+    targets = [("saving", 0.2), ("saving", 0.1), ("agreement", 0.8), ("saving", 0.99)]
+    promises = tuple(calibrate(rule, training, validation, targets))
+    made = Calibration("classifier", "of a model", "of a network", 1.0, promises)
+    path = tmp_path / "calibration.json"
+    made.save(path, Provenance.now({}))
+    assert Calibration.load(path) == made
+    # The mildest promise that is enough.
+    assert made.find("saving", 0.1).target == 0.1
+    assert made.find("saving", 0.15).target == 0.2
+    assert made.find("saving", 0.2).threshold <= made.find("saving", 0.1).threshold
+    assert made.find("saving", 0.5) is None
+    assert made.most("saving") == 0.2
+    assert made.most("speed") is None
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"calibration.json is not a calibration .*; run `calibrate` again"):
+        Calibration.load(path)
+
+
+def test_a_threshold_holds_for_its_temperature(rule):
+    training, validation = make(count=200, seed=1), make(count=200, seed=3)
+    warm = replace(rule, temperature=2.0)
+    (cool, warmed) = (calibrate(one, training, validation, [("saving", 0.2)])[0] for one in (rule, warm))
+    assert warmed.saving == cool.saving
+    # The same order of scores, closer to one half.
+    assert abs(warmed.threshold - 0.5) < abs(cool.threshold - 0.5)
+    odds = math.log(cool.threshold / (1 - cool.threshold))
+    assert warmed.threshold == pytest.approx(1 / (1 + math.exp(-odds / 2)), abs=1e-5)
 
 
 def test_faults(rule):

@@ -43,6 +43,7 @@ def evaluation(
         energy_source=source,
         energy_note="",
         provenance=Provenance("abc", "2025-01-01T00:00:00+00:00", None, {}, kv="deferred"),
+        threshold=tables.parse_method(method).threshold,
     )
 
 
@@ -223,6 +224,17 @@ def test_pair_figure_numbers(layers, tmp_path) -> None:
     assert "GC(T=0.9)" in shown
     assert "−10 %" in shown
     assert "with KV cache" in shown
+
+
+def test_promises_are_told_from_thresholds(tmp_path) -> None:
+    known = study()
+    kept = evaluation("agent-saving0.3", 20, 28, "tiny", "java", "estimate")
+    figure = figures.pair_figures([*known, replace(kept, threshold=0.4321)], CSV, tmp_path / "f")
+    shown = texts(figure)
+    assert "GC(saving ≥ 0.3)" in shown
+    assert "GC(T=0.5)" in shown
+    found = read(tmp_path / "f")
+    assert "agent-saving0.3" in set(found["method"])
 
 
 def test_pair_figure_of_odd_agents_and_few_metrics(tmp_path) -> None:

@@ -33,6 +33,7 @@ def evaluation(method: str, seconds: float, joules: float | None = 10.0, layers:
         energy_source=None if joules is None else "estimate",
         energy_note="",
         provenance=Provenance("abc", "2025-01-01T00:00:00+00:00", "c0ffee", {}, kv="deferred", seed=3),
+        threshold=tables.parse_method(method).threshold,
     )
 
 
@@ -52,10 +53,20 @@ def study() -> list[Evaluation]:
         ("fixed-4-T0.5", "agent", "fixed-4", 0.5, None),
         ("base-T0.5", "agent", "base", 0.5, None),
         ("oracle", "agent", "oracle", None, None),
+        ("agent-D0.5", "agent", "agent-D0.5", None, None),
     ],
 )
 def test_parse_method(name, kind, agent, threshold, depth) -> None:
     assert tables.parse_method(name) == tables.Method(name, kind, agent, threshold, depth)
+
+
+def test_a_method_that_keeps_a_promise_is_told_from_one_at_a_threshold() -> None:
+    method = tables.parse_method("frugal-saving0.3")
+    assert method == tables.Method("frugal-saving0.3", "agent", "frugal", wanted="saving", target=0.3)
+    names = ["a-saving0.5", "a-T0.9", "a-agreement0.9", "full", "a-saving0.1", "a-T0.1"]
+    assert sorted(names, key=lambda name: tables.parse_method(name).order) == [
+        "full", "a-T0.1", "a-T0.9", "a-agreement0.9", "a-saving0.1", "a-saving0.5",
+    ]  # fmt: skip
 
 
 def test_methods_are_ordered() -> None:

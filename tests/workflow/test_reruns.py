@@ -173,6 +173,14 @@ def test_a_dropped_threshold_runs_nothing_but_tables_and_plots(study, config):
     assert pending(study, config) == TABLES | figures(*SHOWS_METHODS)
 
 
+def test_a_new_target_is_calibrated_and_runs_alone(study, config):
+    config["targets"] = {"saving": [0.25]}
+    calibrated = {f"results/calibration/{pair}/agent.json" for pair in PAIRS}
+    assert pending(study, config) == (
+        calibrated | scored("agent-saving0.25") | TABLES | figures(*SHOWS_METHODS)
+    )
+
+
 @pytest.mark.parametrize("look", [{"dpi": 100}, {"font_size": 8}], ids=str)
 def test_looks_re_run_the_figures(study, config, look):
     config["figures"] = look

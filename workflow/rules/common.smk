@@ -63,6 +63,11 @@ MODELS = list(STUDY["models"])
 DATASETS = list(STUDY["datasets"])
 AGENTS = list(STUDY["agents"])
 THRESHOLDS = [f"{threshold:.15g}" for threshold in STUDY["thresholds"]]
+TARGETS = [
+    f"{wanted}{target:.15g}"
+    for wanted, targets in STUDY["targets"].items()
+    for target in targets
+]
 EXITS = {name: study.points_of(model) for name, model in STUDY["models"].items()}
 
 
@@ -75,9 +80,12 @@ wildcard_constraints:
     dataset=any_of(DATASETS),
     agent=any_of(AGENTS),
     policy=any_of(STUDY["frontier"]["rules"]),
+    exit_rule=any_of([*AGENTS, *STUDY["frontier"]["rules"]]),
+    wanted=any_of(STUDY["targets"]),
+    target=r"[0-9.e-]+",
     depth=r"\d+",
     threshold=r"[0-9.e-]+",
-    method=r"[A-Za-z][A-Za-z0-9]*(-T?[0-9.e-]+)?",
+    method=r"[A-Za-z][A-Za-z0-9]*(-[A-Za-z]*[0-9.e-]+)?",
 
 
 @functools.cache
@@ -232,8 +240,12 @@ def fixed_of(model):
 
 def methods_of(model):
     """Every method that is generated for a model, baselines first."""
-    agents = [f"{agent}-T{threshold}" for agent in AGENTS for threshold in THRESHOLDS]
-    return ["base", *fixed_of(model), *agents]
+    ends = [*(f"T{threshold}" for threshold in THRESHOLDS), *TARGETS]
+    return [
+        "base",
+        *fixed_of(model),
+        *(f"{agent}-{end}" for agent in AGENTS for end in ends),
+    ]
 
 
 # Trained rules have files: agents those of PPO, other rules those of train_policy.
@@ -245,6 +257,7 @@ TRAINED = [
 RULES = {
     name: rule["kind"] for name, rule in STUDY["frontier"]["rules"].items()
 } | dict.fromkeys(AGENTS, "agent")
+RULES_BLOCK = {"seed": STUDY["seed"], "temperature": STUDY["generate"]["temperature"]}
 POLICIES = [
     *(
         f"results/agents/{{model}}/{{dataset}}/{name}/policy.safetensors"
@@ -255,6 +268,30 @@ POLICIES = [
         for name in TRAINED
     ),
 ]
+CALIBRATIONS = [
+    f"results/calibration/{{model}}/{{dataset}}/{name}.json" for name in RULES
+]
+
+
+def network_of(wildcards):
+    """The file of a trained rule's network; none for other rules."""
+    name = wildcards.exit_rule
+    if name not in AGENTS and name not in TRAINED:
+        return {}
+    folder = "agents" if name in AGENTS else "policies"
+    return {
+        "policy": f"results/{folder}/{wildcards.model}/{wildcards.dataset}/{name}/policy.safetensors"
+    }
+
+
+def calibration_block(wildcards):
+    """All that a rule's promises depend on; what the methods need is promised too."""
+    block = STUDY["calibration"]
+    wanted = {
+        name: sorted({*block[name], *targets})
+        for name, targets in STUDY["targets"].items()
+    }
+    return {**RULES_BLOCK, **block, **wanted, "kind": RULES[wildcards.exit_rule]}
 
 
 def evaluations_of(models, datasets, methods=methods_of):

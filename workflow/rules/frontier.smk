@@ -29,7 +29,6 @@ rule train_policy:
 
 rule choose_thresholds:
     input:
-        train="results/trajectories/{model}/{dataset}/train.safetensors",
         validation="results/trajectories/{model}/{dataset}/validation.safetensors",
         policies=POLICIES,
     output:
@@ -46,9 +45,7 @@ rule choose_thresholds:
         runtime=60,
     params:
         rules=RULES,
-        shares=STUDY["frontier"]["shares"],
-        calibration=STUDY["calibration"],
-        seed=STUDY["seed"],
+        frontier={**RULES_BLOCK, "shares": STUDY["frontier"]["shares"]},
         code=code("choose_thresholds"),
     message:
         "Choosing thresholds of every rule for {wildcards.model} on {wildcards.dataset}"
@@ -96,6 +93,7 @@ rule evaluate_frontier:
         episodes="results/frontier/{model}/{dataset}/test.safetensors",
         thresholds="results/frontier/{model}/{dataset}/thresholds.json",
         policies=POLICIES,
+        calibrations=CALIBRATIONS,
     output:
         "results/frontier/{model}/{dataset}/frontier.json",
     log:
@@ -111,7 +109,7 @@ rule evaluate_frontier:
         runtime=60,
     params:
         rules=RULES,
-        evaluate={"seed": STUDY["seed"], **STUDY["evaluate"]},
+        evaluate={**RULES_BLOCK, **STUDY["evaluate"]},
         code=code("evaluate_frontier"),
     message:
         "Scoring every exit rule of {wildcards.model} on {wildcards.dataset}"

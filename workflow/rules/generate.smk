@@ -121,6 +121,27 @@ rule generate_agent:
         "../scripts/generate_method.py"
 
 
+use rule generate_full as generate_promise with:
+    input:
+        weights="results/models/{model}/{dataset}/model.safetensors",
+        policy="results/agents/{model}/{dataset}/{agent}/policy.safetensors",
+        test="results/data/{dataset}/test.jsonl.gz",
+        calibration="results/calibration/{model}/{dataset}/{agent}.json",
+    output:
+        "results/generations/{model}/{dataset}/{agent}-{wanted}{target}.jsonl",
+    log:
+        "logs/generate_promise/{model}/{dataset}/{agent}-{wanted}{target}.log",
+    benchmark:
+        "benchmarks/generate_promise/{model}/{dataset}/{agent}-{wanted}{target}.tsv"
+    params:
+        wanted="{wanted}",
+        target="{target}",
+        generate=generate_block,
+        code=code("generate_method"),
+    message:
+        "Completing the test split of {wildcards.dataset} with {wildcards.model}, {wildcards.agent} at the threshold that promises {wildcards.wanted} {wildcards.target}"
+
+
 rule measure_overhead:
     input:
         weights="results/models/{model}/{dataset}/model.safetensors",

@@ -27,6 +27,12 @@ OUTPUTS = [
     *expand(
         rules.measure_overhead.output, model=MODELS, dataset=DATASETS, agent=AGENTS
     ),
+    *expand(
+        rules.calibrate.output,
+        model=MODELS,
+        dataset=DATASETS,
+        exit_rule=AGENTS if TARGETS else [],
+    ),
     *[
         f"results/generations/{model}/{dataset}/{method}.jsonl"
         for model, dataset in PAIRS

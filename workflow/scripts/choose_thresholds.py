@@ -1,9 +1,8 @@
-"""Thresholds from validation: for equal depth, and for what is promised."""
+"""Thresholds of every rule for equal depth, from validation episodes."""
 
 from dataclasses import asdict
 
 from greencode import job
-from greencode.calibrate import calibrate
 from greencode.episodes import Episodes
 from greencode.files import write_json
 from greencode.results import Provenance
@@ -11,23 +10,16 @@ from greencode.rules import load_rules, operating_points
 
 
 def main(smk):
-    wanted = smk.params.calibration
-    training, validation = Episodes.load(smk.input.train), Episodes.load(smk.input.validation)
-    rules = load_rules(smk.params.rules, smk.input.policies, validation, smk.params.seed)
-    targets = [(name, target) for name in ("saving", "agreement") for target in wanted[name]]
-    promised = [
-        {"rule": rule.name} | asdict(one)
-        for rule in rules
-        for one in calibrate(rule, training, validation, targets, wanted["confidence"])
-    ]
-    settings = {"rules": dict(smk.params.rules), "shares": list(smk.params.shares), "calibration": wanted}
+    block = smk.params.frontier
+    validation = Episodes.load(smk.input.validation)
+    rules = load_rules(smk.params.rules, smk.input.policies, validation, block["seed"], block["temperature"])
+    settings = {"rules": dict(smk.params.rules), "shares": list(block["shares"])}
     write_json(
         smk.output[0],
         {
-            "points": operating_points(rules, validation, smk.params.shares),
-            "calibrated": promised,
+            "points": operating_points(rules, validation, block["shares"]),
             "exit_points": list(validation.exit_points),
-            "provenance": asdict(Provenance.now(settings, seed=smk.params.seed)),
+            "provenance": asdict(Provenance.now(settings, seed=block["seed"])),
         },
     )
 

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 from greencode import frontier, job
+from greencode.calibrate import Calibration
 from greencode.episodes import Episodes
 from greencode.files import read_json, write_json
 from greencode.results import Provenance, read_generations
@@ -14,11 +15,14 @@ def main(smk):
     chosen = read_json(smk.input.thresholds)
     generations = {one.method: one for one in read_generations(smk.input.generations)}
     episodes = Episodes.load(smk.input.episodes)
-    rules = load_rules(smk.params.rules, smk.input.policies, episodes, block["seed"])
+    rules = load_rules(smk.params.rules, smk.input.policies, episodes, block["seed"], block["temperature"])
+    promises = {one.rule: one.promises for one in map(Calibration.load, smk.input.calibrations)}
     settings = {**block, "thresholds": chosen["provenance"]["config_hash"]}
     write_json(
         smk.output[0],
-        frontier.record(generations, episodes, rules, chosen, block["seed"], block["resamples"])
+        frontier.record(
+            generations, episodes, rules, chosen["points"], promises, block["seed"], block["resamples"]
+        )
         | {"provenance": asdict(Provenance.now(settings, seed=block["seed"]))},
     )
 

@@ -32,8 +32,8 @@ def episodes_of(engine, samples, new_tokens, directory, batch=16):
 def methods_of(engine, episodes, rules, points, kv, device):
     """Full depth, fixed exits, the oracle, and every rule at its thresholds."""
 
-    def always(policy):
-        return Decoding(kv, lambda number: policy)
+    def always(policy, threshold=None):
+        return Decoding(kv, lambda number: policy, threshold)
 
     exits, by_name = engine.exit_points, {rule.name: rule for rule in rules}
     best = np.array(exits)[episodes.optimal_exits()]
@@ -42,7 +42,7 @@ def methods_of(engine, episodes, rules, points, kv, device):
     methods["oracle"] = Decoding(kv, lambda number: ScriptedExit(best[number], exits))
     for point in points:
         policy = by_name[point["rule"]].policy(point["threshold"], exits, device)
-        methods[point["method"]] = always(policy)
+        methods[point["method"]] = always(policy, point["threshold"])
     return methods
 
 
@@ -51,7 +51,7 @@ def main(smk):
     directory = Path(smk.input.weights).parent
     engine, samples, device = generate.ready(block, directory, smk.input.test)
     episodes = episodes_of(engine, samples, block["new_tokens"], directory)
-    rules = load_rules(smk.params.rules, smk.input.policies, episodes, block["seed"])
+    rules = load_rules(smk.params.rules, smk.input.policies, episodes, block["seed"], block["temperature"])
     points = read_json(smk.input.thresholds)["points"]
     methods = methods_of(engine, episodes, rules, points, block["kv"], device)
     about = {"model": names.model, "dataset": names.dataset, "language": block["language"]}

@@ -1,12 +1,14 @@
 """Measured completions of the test split by one method.
 
 One script for base, full, fixed exits and agents: the rules differ in the weights they name and in the
-policy, which `depth` or `agent` and `threshold` among the params decide.
+policy, which `depth`, `threshold`, or `wanted` and `target` among the params decide.
 """
 
+import sys
 from pathlib import Path
 
 from greencode import generate, job
+from greencode.calibrate import Calibration
 from greencode.energy import Meter
 from greencode.engine import OBSERVATION
 from greencode.models import fingerprint, pick_device
@@ -18,9 +20,21 @@ def policy_of(smk, engine, directory, device):
     if hasattr(smk.params, "depth"):
         return FixedExit(int(smk.params.depth))
     if hasattr(smk.params, "threshold"):
-        agent = ExitPolicy.load(smk.input.policy, fingerprint(directory), engine.exit_points, OBSERVATION)
-        return AgentExit(agent, float(smk.params.threshold), smk.params.generate["temperature"], device)
-    return None
+        threshold = float(smk.params.threshold)
+    elif hasattr(smk.params, "target"):
+        threshold = promised(Calibration.load(smk.input.calibration), smk.params.wanted, smk.params.target)
+    else:
+        return None
+    agent = ExitPolicy.load(smk.input.policy, fingerprint(directory), engine.exit_points, OBSERVATION)
+    return AgentExit(agent, threshold, smk.params.generate["temperature"], device)
+
+
+def promised(calibration, wanted, target):
+    """The threshold that keeps a promise; what cannot be promised is not tried, and no token leaves early."""
+    promise = calibration.find(wanted, float(target))
+    if promise is None:
+        print(f"{wanted} {target} cannot be promised: every token runs at full depth.", file=sys.stderr)
+    return promise.threshold if promise else 1.0
 
 
 def main(smk):
@@ -35,6 +49,7 @@ def main(smk):
         "dataset": names.dataset,
         "language": block["language"],
         "method": Path(smk.output[0]).name.removesuffix(".jsonl"),
+        "threshold": getattr(policy, "threshold", None),
     }
     provenance = generate.provenance_of(engine, dict(block), kv, block["seed"], block["threads"])
     meter = Meter.open(device, block["cpu_watts"] or None)
