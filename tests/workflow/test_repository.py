@@ -21,7 +21,7 @@ RULES = {
 }
 # Rules that share a script; every other one has a script of its own name.
 SHARED = {
-    "generate_method": {"generate_base", "generate_full", "generate_fixed", "generate_agent"},
+    "generate_method": {f"generate_{which}" for which in ("base", "full", "fixed", "agent", "promise")},
     "draw_figure": {name for name in RULES if name.startswith("figure_")},
 }
 

@@ -121,7 +121,7 @@ rule generate_agent:
         "../scripts/generate_method.py"
 
 
-use rule generate_full as generate_promise with:
+rule generate_promise:
     input:
         weights="results/models/{model}/{dataset}/model.safetensors",
         policy="results/agents/{model}/{dataset}/{agent}/policy.safetensors",
@@ -133,6 +133,16 @@ use rule generate_full as generate_promise with:
         "logs/generate_promise/{model}/{dataset}/{agent}-{wanted}{target}.log",
     benchmark:
         "benchmarks/generate_promise/{model}/{dataset}/{agent}-{wanted}{target}.tsv"
+    group:
+        "measure_{model}_{dataset}"
+    conda:
+        "../../envs/generate.yaml"
+    threads: measured_threads
+    resources:
+        meter=1,
+        gpu=gpus,
+        mem_mb=memory,
+        runtime=60,
     params:
         wanted="{wanted}",
         target="{target}",
@@ -140,6 +150,8 @@ use rule generate_full as generate_promise with:
         code=code("generate_method"),
     message:
         "Completing the test split of {wildcards.dataset} with {wildcards.model}, {wildcards.agent} at the threshold that promises {wildcards.wanted} {wildcards.target}"
+    script:
+        "../scripts/generate_method.py"
 
 
 rule measure_overhead:
