@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import json
 import multiprocessing
 import os
+import socket
 import sys
 import threading
 import time
@@ -112,25 +112,45 @@ def directly(engine: Engine, kind: str, policy: FixedExit | None) -> Callable[[s
 
 
 class Client:
-    """What runs in the client's process: one connection that is kept."""
+    """What runs in the client's process: one connection that is kept. It reads what it needs and no more, as
+    editors' clients do in a compiled language; Python's own would add half a millisecond by itself."""
 
-    connection: http.client.HTTPConnection
+    connection: socket.socket
 
     @classmethod
     def connect(cls, host: str, port: int) -> None:
-        cls.connection = http.client.HTTPConnection(host, port)
+        cls.connection = socket.create_connection((host, port))
+        cls.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     @classmethod
     def ask(cls, body: dict[str, Any]) -> Timed:
         start = time.perf_counter()
-        headers = {"content-type": "application/json"}
-        cls.connection.request("POST", "/generate", json.dumps(body), headers)
-        response = cls.connection.getresponse()
-        reply = json.loads(response.read())
+        sent = json.dumps(body).encode()
+        head = [
+            "POST /generate HTTP/1.1", "host: localhost", "content-type: application/json",
+            f"content-length: {len(sent)}", "", "",
+        ]  # fmt: skip
+        cls.connection.sendall("\r\n".join(head).encode() + sent)
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += cls._receive()
+        head, _, rest = received.partition(b"\r\n\r\n")
+        status, *lines = head.split(b"\r\n")
+        values = dict(line.split(b": ", 1) for line in lines)
+        while len(rest) < int(values[b"content-length"]):
+            rest += cls._receive()
+        reply = json.loads(rest)
         seconds = time.perf_counter() - start
-        if response.status != 200:
+        if b" 200 " not in status:
             raise RuntimeError(f"The endpoint refused a request: {reply['error']}")
-        return Timed(reply["generated_text"], seconds, float(response.headers["x-inference-time"]) / 1000)
+        return Timed(reply["generated_text"], seconds, float(values[b"x-inference-time"]) / 1000)
+
+    @classmethod
+    def _receive(cls) -> bytes:
+        part = cls.connection.recv(1 << 16)
+        if not part:
+            raise RuntimeError("The endpoint closed the connection.")
+        return part
 
 
 def over_http(client: ProcessPoolExecutor, kind: str, policy: FixedExit | None) -> Callable[[str], Timed]:

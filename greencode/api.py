@@ -141,7 +141,7 @@ class Service:
                 frames = self._frames(request, job, asked, dialect, first)
                 return _EventStream(frames, job, {**STREAM_HEADERS, **more})
             done = Done(asked, first)
-            _note(request, done)
+            request.state.done = done
             return JSONResponse(dialect.reply(done), headers=done.headers() | more)
         except BaseException as error:
             job.cancel("shutdown" if isinstance(error, asyncio.CancelledError) else "error")
@@ -237,7 +237,7 @@ class Service:
                 yield dialect.token(asked, index, event)
                 event = _sound(await job.events.get())
             done = Done(asked, event)
-            _note(request, done)
+            request.state.done = done
             for frame in dialect.last(done):
                 yield frame
         except ServiceError as error:
@@ -312,19 +312,19 @@ def _unused(body: AnyRequest, headers: HeaderExit, how: Exit, streamed: bool) ->
     ]
 
 
-def _note(request: Request, done: Done) -> None:
-    """Leave the account for the log."""
-    asked, outcome, account = done.asked, done.outcome, done.account
-    request.state.account = {
+def _account(done: Done) -> dict[str, Any]:
+    """What the log says of a completion."""
+    asked, outcome = done.asked, done.outcome
+    return {
         "prompt_tokens": asked.prompt_tokens,
         "generated_tokens": done.count,
         "finish": outcome.finish,
         "exit_policy": asked.exit.policy,
         "exit_threshold": asked.exit.threshold,
         "exit_target": asked.exit.target and asked.exit.target.model_dump(exclude_none=True),
-        "mean_exit_layer": account.early_exit.mean_exit_layer,
-        "layers_skipped": account.early_exit.layers_skipped,
-        "joules": account.energy.joules,
+        "mean_exit_layer": done.mean_depth,
+        "layers_skipped": done.layers_skipped,
+        "joules": done.joules,
         "queue_s": outcome.queue_s,
         "prefill_s": outcome.prefill_s,
         "decode_s": outcome.decode_s,
@@ -461,7 +461,8 @@ class Guard:
         self.service.telemetry.requests.labels(route, str(status)).inc()
         self.service.telemetry.duration.labels(route).observe(seconds)
         level = logging.DEBUG if route in QUIET else logging.INFO
-        account = scope["state"].get("account", {})
+        done = scope["state"].get("done")
+        account = _account(done) if done else {}
         about = {"id": scope["state"]["id"], "method": scope["method"], "route": route, "status": status}
         log.log(level, "request", extra={**about, "seconds": seconds, **account})
 

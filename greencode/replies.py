@@ -7,7 +7,6 @@ the status: every error is a JSON object that each client of its route can parse
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import time
@@ -239,14 +238,31 @@ class Done:
         """The completion, after the prompt if that was asked for."""
         return (self.asked.prompt if self.asked.full_text else "") + self.outcome.text
 
-    @functools.cached_property
+    @property
+    def depths(self) -> list[int]:
+        """Layers run to decide each token."""
+        return [piece.depth for piece in self.outcome.pieces]
+
+    @property
+    def mean_depth(self) -> float | None:
+        """Of the tokens, if there are any."""
+        return sum(self.depths) / self.count if self.count else None
+
+    @property
+    def layers_skipped(self) -> int:
+        """Of all layers, over all tokens."""
+        return self.asked.layers * self.count - sum(self.depths)
+
+    @property
+    def joules(self) -> float | None:
+        """Energy, where something measures or estimates it."""
+        return self.outcome.energy.joules if self.outcome.energy else None
+
     def account(self) -> Account:
         """Depths, energy and times."""
-        asked, outcome, count = self.asked, self.outcome, self.count
-        depths = [piece.depth for piece in outcome.pieces]
-        run, all_layers = sum(depths), asked.layers * count
+        asked, outcome, count, joules = self.asked, self.outcome, self.count, self.joules
+        run = sum(self.depths)
         seconds = outcome.prefill_s + outcome.decode_s
-        joules = outcome.energy.joules if outcome.energy else None
         source = outcome.energy.source if joules is not None else None
         return Account(
             early_exit=EarlyExit(
@@ -255,11 +271,11 @@ class Done:
                 target=asked.exit.target,
                 exit_layer=asked.exit.layer,
                 num_layers=asked.layers,
-                exit_layers=depths,
+                exit_layers=self.depths,
                 layers_executed=run,
-                layers_skipped=all_layers - run,
-                mean_exit_layer=run / count if count else None,
-                skipped_fraction=1 - run / all_layers if count else None,
+                layers_skipped=self.layers_skipped,
+                mean_exit_layer=self.mean_depth,
+                skipped_fraction=1 - run / (asked.layers * count) if count else None,
                 layer_positions=outcome.layer_positions,
                 checks=outcome.checks,
             ),
@@ -288,25 +304,26 @@ class Done:
             tokens=[_token(piece) for piece in self.outcome.pieces],
             input_length=self.asked.prompt_tokens,
             truncated=self.asked.truncated,
-            **dict(self.account),
+            **dict(self.account()),
         )
 
     def headers(self) -> dict[str, str]:
         """Headers of a reply in one piece; times are milliseconds, as in text-generation-inference."""
-        exits, timing, count = self.account.early_exit, self.account.timing, self.count
-        inference = timing.prefill_s + timing.decode_s
+        # Not from `account`: whoever asks for no details does not wait until they are put together.
+        asked, outcome, depth = self.asked, self.outcome, self.mean_depth
+        inference = outcome.prefill_s + outcome.decode_s
         values = {
-            "x-prompt-tokens": self.asked.prompt_tokens,
-            "x-generated-tokens": count,
-            "x-total-time": _milliseconds(timing.total_s),
-            "x-queue-time": _milliseconds(timing.queue_s),
+            "x-prompt-tokens": asked.prompt_tokens,
+            "x-generated-tokens": self.count,
+            "x-total-time": _milliseconds(outcome.total_s),
+            "x-queue-time": _milliseconds(outcome.queue_s),
             "x-inference-time": _milliseconds(inference),
-            "x-time-per-token": _milliseconds(inference / count) if count else None,
-            "x-exit-policy": exits.policy,
-            "x-exit-threshold": exits.threshold,
-            "x-mean-exit-layer": None if exits.mean_exit_layer is None else round(exits.mean_exit_layer, 3),
-            "x-layers-skipped": exits.layers_skipped,
-            "x-energy-joules": self.account.energy.joules,
+            "x-time-per-token": _milliseconds(inference / self.count) if self.count else None,
+            "x-exit-policy": asked.exit.policy,
+            "x-exit-threshold": asked.exit.threshold,
+            "x-mean-exit-layer": None if depth is None else round(depth, 3),
+            "x-layers-skipped": self.layers_skipped,
+            "x-energy-joules": self.joules,
         }
         return {name: str(value) for name, value in values.items() if value is not None}
 
@@ -357,7 +374,7 @@ class TGI:
             "input_length": asked.prompt_tokens,
             "seed": asked.seed,
             "truncated": asked.truncated,
-            **done.account.model_dump(),
+            **done.account().model_dump(),
         }
         yield _event(
             {
@@ -392,7 +409,7 @@ class OpenAI:
     def reply(self, done: Done) -> Any:
         """The whole reply."""
         choice = Choice(text=done.text, finish_reason=_openai_reason(done))
-        return self._object(done.asked, [choice], usage=_usage(done), greencode=done.account)
+        return self._object(done.asked, [choice], usage=_usage(done), greencode=done.account())
 
     def token(self, asked: Asked, index: int, piece: Piece) -> str:
         """The event of a token before the last."""
@@ -405,7 +422,7 @@ class OpenAI:
         before = asked.prompt if asked.full_text and done.count <= 1 else ""
         text = done.outcome.pieces[-1].text if done.count else ""
         choice = Choice(text=before + text, finish_reason=_openai_reason(done))
-        yield _event(self._object(asked, [choice], greencode=done.account))
+        yield _event(self._object(asked, [choice], greencode=done.account()))
         if asked.include_usage:
             yield _event(self._object(asked, [], usage=_usage(done)))
         yield "data: [DONE]\n\n"
