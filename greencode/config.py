@@ -109,6 +109,8 @@ def check(config: dict[str, Any], root: str | Path = ".") -> None:
                 raise UserError(
                     f"Configuration: agents.{name}.datasets names {dataset!r}, which is not a dataset."
                 )
+        _check_along(config, name)
+        _check_costs(config, name)
         for dataset in config["datasets"]:
             reward = reward_of(config, name, dataset)
             if reward["alpha"] > reward["beta"]:
@@ -122,6 +124,35 @@ def check(config: dict[str, Any], root: str | Path = ".") -> None:
             raise UserError(f"Configuration: finetune.datasets names {dataset!r}, which is not a dataset.")
     for dataset in config["datasets"]:
         _check_finetune(config, dataset, root)
+
+
+def _check_along(config: dict[str, Any], name: str) -> None:
+    """Whoever writes the text of an agent's episodes is an agent, trained before it."""
+    way = [name]
+    while along := config["agents"][way[-1]].get("along"):
+        if along["agent"] not in config["agents"]:
+            raise UserError(
+                f"Configuration: agents.{way[-1]}.along names {along['agent']!r}, which is not an agent."
+            )
+        way.append(along["agent"])
+        if way[-1] in way[:-1]:
+            raise UserError(
+                f"Configuration: agents.{name}.along goes in a circle ({' along '.join(way)}); "
+                "begin with an agent without along."
+            )
+
+
+def _check_costs(config: dict[str, Any], name: str) -> None:
+    for model, costs in config["agents"][name]["reward"].get("costs", {}).items():
+        where = f"Configuration: agents.{name}.reward.costs"
+        if model not in config["models"]:
+            raise UserError(f"{where} names {model!r}, which is not a model.")
+        points = points_of(config["models"][model])
+        if len(costs) != len(points) - 1:
+            raise UserError(
+                f"{where}.{model} has {len(costs)} numbers, but needs {len(points) - 1}, one for each of the "
+                f"exit points {list(points)} but the first."
+            )
 
 
 def _check_finetune(config: dict[str, Any], dataset: str, root: Path) -> None:
@@ -193,13 +224,16 @@ def points_of(model: dict[str, Any]) -> tuple[int, ...]:
 def reward_of(config: dict[str, Any], agent: str, dataset: str) -> dict[str, float]:
     """Reward coefficients of an agent on a dataset."""
     block = config["agents"][agent]
-    return block["reward"] | block["datasets"].get(dataset, {})
+    reward = block["reward"] | block["datasets"].get(dataset, {})
+    return {name: value for name, value in reward.items() if name != "costs"}
 
 
-def agent_of(config: dict[str, Any], agent: str, dataset: str) -> dict[str, Any]:
-    """All that the training of an agent on a dataset depends on."""
+def agent_of(config: dict[str, Any], agent: str, model: str, dataset: str) -> dict[str, Any]:
+    """All that the training of an agent for a model on a dataset depends on."""
     block = {k: v for k, v in config["agents"][agent].items() if k not in ("reward", "datasets")}
-    return block | {"reward": reward_of(config, agent, dataset)}
+    costs = config["agents"][agent]["reward"].get("costs", {})
+    named = {"costs": costs[model]} if model in costs else {}
+    return block | {"reward": reward_of(config, agent, dataset) | named}
 
 
 def finetune_of(config: dict[str, Any], dataset: str) -> dict[str, Any]:

@@ -438,16 +438,27 @@ class Engine:
 
     @torch.inference_mode()
     def trace(
-        self, contexts: Sequence[Sequence[int]], new_tokens: int
+        self,
+        contexts: Sequence[Sequence[int]],
+        new_tokens: int,
+        leaves: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Greedy full-depth completions of several contexts at once, seen from every exit point.
+        """Greedy completions of several contexts at once, seen from every exit point.
+
+        All layers run for every token, whoever writes the text. Exact early-exit decoding (`deferred`,
+        `none`) has the same states, so the text of a rule is the answers of the exit points it leaves at.
+
+        Args:
+            leaves: of observations float32 [B, E, H] at one token: whether each exit point would leave,
+                bool [B, E]. The text goes on with the first one's answer; where there is none, and without
+                `leaves`, with the final layer's.
 
         Returns:
             observations float32 [B, new_tokens, E, H] at the E exit points before the final layer;
-            tokens int64 [B, new_tokens, E + 1]: what each exit point, the final layer last, would answer;
-            signals float32 [B, new_tokens, E, S], how sure the exit points are of that. The text goes on
-            with the final layer's token. All of it is what `stream` shows a policy in a full-depth
-            completion (contexts are padded on the left and masked).
+            tokens int64 [B, new_tokens, E + 1]: what each exit point, the final layer last, would answer
+            after the text so far; signals float32 [B, new_tokens, E, S], how sure the exit points are of
+            that. All of it is what `stream` shows a policy that passes there (contexts are padded on the
+            left and masked).
         """
         family, device = self.family, self.family.device
         contexts = [self._fit(context, new_tokens, "refuse") for context in contexts]
@@ -481,6 +492,10 @@ class Engine:
             observations.append(states[:, :-1].float().cpu().numpy())
             tokens.append(answers.cpu().numpy())
             ids, start = answers[:, -1:], total
+            if leaves is not None:
+                # The final layer takes whoever has not left.
+                left = np.pad(leaves(observations[-1]), ((0, 0), (0, 1)), constant_values=True)
+                ids = answers.gather(1, torch.from_numpy(left.argmax(axis=1)).to(device)[:, None])
         return np.stack(observations, axis=1), np.stack(tokens, axis=1), np.stack(certainty, axis=1)
 
 

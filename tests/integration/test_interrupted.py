@@ -109,7 +109,10 @@ def test_a_killed_fine_tuning_goes_on_to_the_same_model(study, jobs, tmp_path):
 
 
 def test_a_killed_training_of_the_agent_goes_on_to_the_same_policy(study, jobs, tmp_path):
-    results, block = study.folder / "results", config.agent_of(config.complete(CONFIG), "agent", "code")
+    results, block = (
+        study.folder / "results",
+        config.agent_of(config.complete(CONFIG), "agent", "tiny", "code"),
+    )
     log = killed_and_completed(
         jobs,
         "train_agent",

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from small_study import CONFIG
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from greencode.calibrate import Calibration
 from greencode.corpus import read_split
+from greencode.episodes import Episodes
 from greencode.results import Evaluation, Generation, read_generations
 
 METHODS = ["base", "full", "fixed-4", "agent-T0.5", "agent-agreement0.25"]
@@ -258,3 +261,31 @@ def test_the_frontier_is_told_in_figures_tables_and_words(frontier):
     assert "hypervolume" in words
     again = frontier.snakemake("frontier")
     assert "Nothing to be done" in again.stderr
+
+
+def test_an_agent_learns_along_another_ones_text(study):
+    text = {"agent": "agent", "threshold": 0, "share": 0.75}
+    dagger = CONFIG["agents"]["agent"] | {"along": text, "reward": {"costs": {"tiny": [4]}}}
+    study.configure(CONFIG | {"agents": CONFIG["agents"] | {"dagger": dagger}})
+    results = study.folder / "results"
+    try:
+        done = study.snakemake("results/agents/tiny/code/dagger/policy.safetensors")
+        assert done.returncode == 0, done.stderr[-4000:]
+        plain, mixed = (
+            Episodes.load(results / f"trajectories/tiny/code/{name}train.safetensors")
+            for name in ("", "dagger/")
+        )
+        learned = json.loads((results / "agents/tiny/code/dagger/learning.json").read_text())
+    finally:
+        study.configure(CONFIG)
+        for folder in ("trajectories", "agents"):
+            shutil.rmtree(results / folder / "tiny/code/dagger", ignore_errors=True)
+    assert learned["reward"]["costs"] == [4.0]
+    np.testing.assert_array_equal(mixed.files, plain.files)
+    np.testing.assert_array_equal(mixed.contexts, plain.contexts)
+    # The other agent leaves at the first exit. Where its text parts from the full model's, all that follows
+    # is of another text; 12 of the 16 episodes are along it.
+    parts = (plain.tokens[:, :-1, 0] != plain.tokens[:, :-1, -1]).any(axis=1)
+    parts[12:] = False
+    changed = (mixed.observations != plain.observations).any(axis=(1, 2, 3))
+    assert changed.tolist() == parts.tolist()

@@ -135,7 +135,7 @@ def test_rewards_and_fine_tuning_of_single_datasets(config):
     full = study.complete(config)
     assert study.reward_of(full, "a", "d") == {"alpha": 0.75, "beta": 1.0, "gamma": 1.0, "epsilon": 0.1}
     assert study.reward_of(full, "a", "e") == {"alpha": 0.5, "beta": 0.5, "gamma": 1.0, "epsilon": 0.1}
-    agent = study.agent_of(full, "a", "e")
+    agent = study.agent_of(full, "a", "m", "e")
     assert agent["reward"] == study.reward_of(full, "a", "e")
     assert agent["steps"] == 500_000
     assert "datasets" not in agent
@@ -143,6 +143,26 @@ def test_rewards_and_fine_tuning_of_single_datasets(config):
     assert repr(second) == repr(first | {"epochs": 10.0})
     assert first["epochs"] == 2.0
     assert "datasets" not in first
+
+
+def test_costs_are_of_the_models_that_are_named(config, root):
+    put(config, "models.n", {"path": "model", "layers": 8, "exit_points": [2, 5, 8]})
+    put(config, "agents.a.reward", {"alpha": 0.75, "costs": {"n": [3, 3.0]}})
+    put(config, "agents.a.datasets", {"d": {"alpha": 0.5}})
+    full = study.complete(config)
+    study.check(full, root)
+    coefficients = {"alpha": 0.5, "beta": 1.0, "gamma": 1.0, "epsilon": 0.1}
+    assert study.agent_of(full, "a", "n", "d")["reward"] == coefficients | {"costs": [3.0, 3.0]}
+    assert study.agent_of(full, "a", "m", "d")["reward"] == coefficients
+
+
+def test_an_agent_may_learn_along_one_that_learnt_along_another(config, root):
+    text = {"agent": "a", "threshold": 0.5}
+    config["agents"] |= {"b": {"along": text}, "c": {"along": text | {"agent": "b", "threshold": 1}}}
+    full = study.complete(config)
+    study.check(full, root)
+    assert full["agents"]["c"]["along"] == {"agent": "b", "threshold": 1.0, "share": 0.5}
+    assert "along" not in full["agents"]["a"]
 
 
 def test_exit_points_of_a_model_are_its_own_or_the_papers(config):
@@ -188,6 +208,49 @@ def test_a_rule_and_an_agent_of_one_name_are_refused(config, root):
 )
 def test_unknown_keys_are_named_with_those_known(config, root, where, value, fault):
     put(config, where, value)
+    assert fault in fault_of(config, root)
+
+
+@pytest.mark.parametrize(
+    ("agents", "fault"),
+    [
+        ({"a": "a"}, "agents.a.along goes in a circle (a along a); begin with an agent without along."),
+        ({"a": "b", "b": "a"}, "agents.a.along goes in a circle (a along b along a)"),
+        ({"a": "b", "b": "c", "c": "b"}, "agents.a.along goes in a circle (a along b along c along b)"),
+        ({"a": "margin"}, "agents.a.along names 'margin', which is not an agent."),
+        ({"a": "b", "b": "gone"}, "agents.b.along names 'gone', which is not an agent."),
+    ],
+)
+def test_text_that_nobody_writes_is_named(config, root, agents, fault):
+    config["agents"] = {n: {"along": {"agent": other, "threshold": 0.5}} for n, other in agents.items()}
+    assert fault in fault_of(config, root)
+
+
+@pytest.mark.parametrize(
+    ("along", "fault"),
+    [
+        ({"agent": "a"}, "agents.b.along: 'threshold' is a required property."),
+        ({"agent": "a", "threshold": 1.5}, "agents.b.along.threshold: 1.5 is greater than the maximum of 1"),
+        ({"agent": "a", "threshold": 0.5, "share": 0}, "agents.b.along.share: 0 is less than or equal to"),
+        ({"agent": "a", "threshold": 0.5, "half": 1}, "unknown key 'half' in agents.b.along"),
+    ],
+)
+def test_a_fault_in_along_is_named(config, root, along, fault):
+    put(config, "agents.b", {"along": along})
+    assert fault in fault_of(config, root)
+
+
+@pytest.mark.parametrize(
+    ("costs", "fault"),
+    [
+        ({"n": [1]}, "agents.a.reward.costs names 'n', which is not a model."),
+        ({"m": [1, 2]}, "costs.m has 2 numbers, but needs 1, one for each of the exit points [4, 8] but the"),
+        ({"m": [0]}, "agents.a.reward.costs.m.0: 0 is less than or equal to the minimum of 0"),
+        ([1], "agents.a.reward.costs: [1] is not of type 'object'"),
+    ],
+)
+def test_costs_that_do_not_fit_are_named(config, root, costs, fault):
+    put(config, "agents.a.reward.costs", costs)
     assert fault in fault_of(config, root)
 
 
@@ -456,7 +519,7 @@ def test_the_study_of_the_paper_is_the_papers():
     for dataset, value in (("java", 1.0), ("python", 0.5)):
         reward = {"alpha": value, "beta": value, "gamma": value, "epsilon": 0.1}
         assert study.reward_of(full, "agent", dataset) == reward
-    agent = study.agent_of(full, "agent", "java")
+    agent = study.agent_of(full, "agent", next(iter(full["models"])), "java")
     assert (agent["preset"], agent["steps"], agent["environments"]) == ("large", 500_000, 1)
     assert full["thresholds"] == [0.6, 0.8, 0.9, 0.91, 0.92]
     assert (full["generate"]["samples"], full["generate"]["context"]) == (1000, 0.2)

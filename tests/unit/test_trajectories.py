@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,9 +10,10 @@ from greencode.engine import OBSERVATION, Engine, as_policy
 from greencode.environment import ExitEnvironment
 from greencode.episodes import Episode
 from greencode.errors import UserError
+from greencode.policies import AgentExit
 from greencode.reward import Reward
 from greencode.signals import SIGNALS
-from greencode.trajectories import Draw, LiveEpisodes, eligible, record
+from greencode.trajectories import Along, Draw, LiveEpisodes, eligible, record
 
 POINTS = (1, 2, 4, 6)
 DRAW = Draw(max_context=20, min_context=2, new_tokens=5)
@@ -163,6 +165,62 @@ def test_too_short_files_are_refused(engine):
     ):
         with pytest.raises(UserError, match="None of the 2 train"):
             attempt()
+
+
+# --- along early-exit text ---------------------------------------------------------------------------
+
+
+class Watched(AgentExit):
+    """An agent that keeps what it saw."""
+
+    def leaves(self, view):
+        self.seen.append((view.depth, view.to_host(view.observation)))
+        return super().leaves(view)
+
+
+def test_along_an_agent_that_never_leaves_all_is_as_without(model, make_agent, tmp_path):
+    engine = Engine(model, POINTS)
+    never = Along(make_agent(32, POINTS), 1.0, 1.0)
+    for name, along in (("plain", None), ("along", never)):
+        record_some(engine, along=along).save(tmp_path / name)
+    assert (tmp_path / "along").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 0.6])
+def test_along_an_agent_its_own_text_is_answered_by_the_full_model(model, make_agent, threshold):
+    engine, agent, files = Engine(model, POINTS), make_agent(32, POINTS, seed=5), make_files()
+    episodes = record_some(engine, files, along=Along(agent, threshold, 1.0))
+    exits = []
+    for index in range(len(episodes)):
+        context = files[episodes.files[index] - 10][: episodes.contexts[index]]
+        watched = Watched(agent, threshold)
+        watched.seen = []
+        done = engine.complete(context, DRAW.new_tokens, watched, "deferred")
+        exits += done.depths
+        seen = iter(watched.seen)
+        for place, (token, depth) in enumerate(zip(done.tokens, done.depths, strict=True)):
+            # The agent's token is that of the exit it left at, and what it saw on the way was recorded.
+            assert episodes.tokens[index, place, POINTS.index(depth)] == token
+            for exit, point in enumerate(POINTS[:-1]):
+                if point <= depth:
+                    at, state = next(seen)
+                    assert at == point
+                    np.testing.assert_allclose(episodes.observations[index, place, exit], state, atol=1e-4)
+            # What is right is the model's own next token after this text, by a plain forward pass.
+            prefix = torch.tensor([context + done.tokens[:place]])
+            with torch.no_grad():
+                assert episodes.tokens[index, place, -1] == model(prefix).logits[0, -1].argmax()
+    assert set(exits) == {POINTS[0]} if threshold == 0 else len(set(exits)) > 1
+
+
+def test_a_share_of_the_episodes_is_along_the_agent_and_the_rest_as_without(engine, make_agent):
+    plain = record_some(engine)
+    mixed = record_some(engine, along=Along(make_agent(32, POINTS), 0.0, 1 / 3))
+    np.testing.assert_array_equal(mixed.files, plain.files)
+    np.testing.assert_array_equal(mixed.contexts, plain.contexts)
+    np.testing.assert_array_equal(mixed.tokens[:, 0], plain.tokens[:, 0])  # the same contexts
+    same = (mixed.observations == plain.observations).all(axis=(1, 2, 3))
+    assert same.tolist() == [False] * 3 + [True] * 6
 
 
 def test_recorded_signals_are_those_of_a_running_completion(model):

@@ -163,6 +163,11 @@ def test_a_dataset_of_its_own_coefficient_re_runs_that_pair(study, config):
     )
 
 
+def test_costs_of_a_models_layers_re_run_its_agent(study, config):
+    config["agents"]["agent"]["reward"]["costs"] = {"tiny": [4]}
+    assert pending(study, config) == AFTER_AGENTS
+
+
 def test_a_new_threshold_runs_alone(study, config):
     config["thresholds"] = [0.5, 0.8000001, 0.8]
     assert pending(study, config) == scored("agent-T0.8000001") | TABLES | figures(*SHOWS_METHODS)
@@ -203,6 +208,15 @@ def test_a_second_agent_adds_only_its_own(study, config):
     new = ("frugal-T0.5", "frugal-T0.8")
     assert pending(study, config) == (
         trained("frugal") | scored(*new) | overhead("frugal") | TABLES | figures(*SHOWS_AGENTS)
+    )
+
+
+def test_an_agent_along_another_adds_its_episodes_and_its_own(study, config):
+    config["agents"]["dagger"] = {"along": {"agent": "agent", "threshold": 0.5}}
+    new = ("dagger-T0.5", "dagger-T0.8")
+    episodes = {f"results/trajectories/{pair}/dagger/train.safetensors" for pair in PAIRS}
+    assert pending(study, config) == (
+        episodes | trained("dagger") | scored(*new) | overhead("dagger") | TABLES | figures(*SHOWS_AGENTS)
     )
 
 

@@ -1,6 +1,6 @@
 rule train_agent:
     input:
-        train="results/trajectories/{model}/{dataset}/train.safetensors",
+        train=training_episodes,
         validation="results/trajectories/{model}/{dataset}/validation.safetensors",
     output:
         policy="results/agents/{model}/{dataset}/{agent}/policy.safetensors",

@@ -62,6 +62,7 @@ PUBLISHED = str(REPOSITORY / "resources" / "published_values.csv")
 MODELS = list(STUDY["models"])
 DATASETS = list(STUDY["datasets"])
 AGENTS = list(STUDY["agents"])
+ALONG = [name for name, agent in STUDY["agents"].items() if "along" in agent]
 THRESHOLDS = [f"{threshold:.15g}" for threshold in STUDY["thresholds"]]
 TARGETS = [
     f"{wanted}{target:.15g}"
@@ -173,8 +174,24 @@ def trajectories_block(wildcards):
 
 
 def agent_block(wildcards):
-    agent = study.agent_of(STUDY, wildcards.agent, wildcards.dataset)
+    agent = study.agent_of(STUDY, wildcards.agent, wildcards.model, wildcards.dataset)
     return {"seed": STUDY["seed"], **agent}
+
+
+def along_block(wildcards):
+    return STUDY["agents"][wildcards.agent]["along"]
+
+
+def writer_of(wildcards):
+    """The agent along whose text another one's training episodes are recorded."""
+    name = along_block(wildcards)["agent"]
+    return f"results/agents/{{model}}/{{dataset}}/{name}/policy.safetensors"
+
+
+def training_episodes(wildcards):
+    """What an agent learns from: the pair's episodes, or its own along early-exit text."""
+    own = "{agent}/" if wildcards.agent in ALONG else ""
+    return f"results/trajectories/{{model}}/{{dataset}}/{own}train.safetensors"
 
 
 def generate_block(wildcards):

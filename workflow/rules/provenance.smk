@@ -23,6 +23,7 @@ OUTPUTS = [
     *expand(rules.fetch_base_model.output, model=MODELS),
     *expand(rules.finetune_model.output, model=MODELS, dataset=DATASETS),
     *expand(rules.record_trajectories.output, model=MODELS, dataset=DATASETS),
+    *expand(rules.record_along.output, model=MODELS, dataset=DATASETS, agent=ALONG),
     *expand(rules.train_agent.output, model=MODELS, dataset=DATASETS, agent=AGENTS),
     *expand(
         rules.measure_overhead.output, model=MODELS, dataset=DATASETS, agent=AGENTS

@@ -3,12 +3,10 @@
 from pathlib import Path
 
 from greencode import job
-from greencode.corpus import read_split
 from greencode.energy import Meter
 from greencode.engine import Engine
-from greencode.models import fingerprint, load, pick_device
-from greencode.tokenise import encode, load_tokenizer
-from greencode.trajectories import Draw, record
+from greencode.models import load, pick_device
+from greencode.trajectories import record_split
 
 
 def main(smk):
@@ -18,21 +16,8 @@ def main(smk):
     torch.set_num_threads(smk.threads)
     directory = Path(smk.input.weights).parent
     engine = Engine(load(directory, pick_device(block["device"])), block["exit_points"])
-    tokenizer = load_tokenizer(directory)
-    draw = Draw(**{key: block[key] for key in ("low", "high", "max_context", "min_context", "new_tokens")})
-    for number, split in enumerate(("train", "validation")):
-        records = read_split(smk.input[split])
-        record(
-            engine,
-            list(encode(tokenizer, (one.code for one in records))),
-            [one.id for one in records],
-            block[f"{split}_episodes"],
-            draw,
-            block["seed"] + number,
-            block["batch_size"],
-            fingerprint(directory),
-            split,
-        ).save(smk.output[split])
+    for split in ("train", "validation"):
+        record_split(engine, directory, smk.input[split], split, block).save(smk.output[split])
 
 
 if __name__ == "__main__":
