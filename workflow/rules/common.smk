@@ -174,7 +174,8 @@ def trajectories_block(wildcards):
 
 def agent_block(wildcards):
     agent = study.agent_of(STUDY, wildcards.agent, wildcards.dataset)
-    return {"seed": STUDY["seed"], **agent}
+    first = study.seeds_of(STUDY, wildcards.agent)[0]
+    return {"seed": int(wildcards.run.removeprefix("/seed-") or first), **agent}
 
 
 def generate_block(wildcards):
@@ -293,6 +294,13 @@ def calibration_block(wildcards):
     }
     return {**RULES_BLOCK, **block, **wanted, "kind": RULES[wildcards.exit_rule]}
 
+# Other seeds of the agents: they show how far trainings come apart, and no text is completed with them.
+OTHER_SEEDS = [
+    f"results/agents/{{model}}/{{dataset}}/{name}/seed-{seed}"
+    for name in AGENTS
+    for seed in study.seeds_of(STUDY, name)[1:]
+]
+
 
 def evaluations_of(models, datasets, methods=methods_of):
     return [
@@ -345,6 +353,7 @@ FRONTIER = expand(
         "frontier_points.csv",
         "frontier_savings.csv",
         "frontier_tests.csv",
+        "frontier_seeds.csv",
         "calibration.csv",
         "frontier.md",
     ],
@@ -354,6 +363,11 @@ LEARNING = [
     for m, d in PAIRS
     for agent in AGENTS
 ]
+SEED_LEARNING = expand(
+    [f"{folder}/learning.json" for folder in OTHER_SEEDS],
+    model=MODELS,
+    dataset=DATASETS,
+)
 WEIGHTED = [
     {
         "name": name,

@@ -94,6 +94,9 @@ rule evaluate_frontier:
         thresholds="results/frontier/{model}/{dataset}/thresholds.json",
         policies=POLICIES,
         calibrations=CALIBRATIONS,
+        # Here and not among the policies above: one more seed must not measure everything anew.
+        validation="results/trajectories/{model}/{dataset}/validation.safetensors",
+        seeds=[f"{folder}/policy.safetensors" for folder in OTHER_SEEDS],
     output:
         "results/frontier/{model}/{dataset}/frontier.json",
     log:
@@ -199,6 +202,12 @@ rule write_frontier:
             caption="../report/frontier.rst",
             category="7 Frontier",
             labels={"table": "tests", "shows": "Rules against each other"},
+        ),
+        seeds=report(
+            "results/tables/frontier_seeds.csv",
+            caption="../report/frontier.rst",
+            category="7 Frontier",
+            labels={"table": "seeds", "shows": "Agents over their seeds"},
         ),
         calibration=report(
             "results/tables/calibration.csv",
