@@ -9,7 +9,7 @@ rule train_agent:
         "logs/train_agent/{model}/{dataset}/{agent}{run}.log",
     benchmark:
         "benchmarks/train_agent/{model}/{dataset}/{agent}{run}.tsv"
-    # None for the agent in use; another seed's is beside it and takes part in no other stage but the report.
+    # Empty for the agent in use; another seed is in a folder of its own and only shows the spread.
     wildcard_constraints:
         run=r"(/seed-\d+)?",
     # Before any measurement: these share the cores, and measured jobs need all of them.

@@ -175,7 +175,7 @@ def trajectories_block(wildcards):
 def agent_block(wildcards):
     agent = study.agent_of(STUDY, wildcards.agent, wildcards.dataset)
     first = study.seeds_of(STUDY, wildcards.agent)[0]
-    return {"seed": int(wildcards.run.removeprefix("/seed-") or first), **agent}
+    return {"seed": int(wildcards.run.rpartition("-")[2] or first), **agent}
 
 
 def generate_block(wildcards):
@@ -269,6 +269,12 @@ POLICIES = [
         for name in TRAINED
     ),
 ]
+# Other seeds of the agents: they show how far trainings come apart, and no text is completed with them.
+OTHER_SEEDS = [
+    f"results/agents/{{model}}/{{dataset}}/{name}/seed-{seed}"
+    for name in AGENTS
+    for seed in study.seeds_of(STUDY, name)[1:]
+]
 CALIBRATIONS = [
     f"results/calibration/{{model}}/{{dataset}}/{name}.json" for name in RULES
 ]
@@ -293,13 +299,6 @@ def calibration_block(wildcards):
         for name, targets in STUDY["targets"].items()
     }
     return {**RULES_BLOCK, **block, **wanted, "kind": RULES[wildcards.exit_rule]}
-
-# Other seeds of the agents: they show how far trainings come apart, and no text is completed with them.
-OTHER_SEEDS = [
-    f"results/agents/{{model}}/{{dataset}}/{name}/seed-{seed}"
-    for name in AGENTS
-    for seed in study.seeds_of(STUDY, name)[1:]
-]
 
 
 def evaluations_of(models, datasets, methods=methods_of):

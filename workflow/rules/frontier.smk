@@ -94,8 +94,8 @@ rule evaluate_frontier:
         thresholds="results/frontier/{model}/{dataset}/thresholds.json",
         policies=POLICIES,
         calibrations=CALIBRATIONS,
-        # Here and not among the policies above: one more seed must not measure everything anew.
         validation="results/trajectories/{model}/{dataset}/validation.safetensors",
+        # Their thresholds are chosen here, so that one more seed does not measure everything anew.
         seeds=[f"{folder}/policy.safetensors" for folder in OTHER_SEEDS],
     output:
         "results/frontier/{model}/{dataset}/frontier.json",
