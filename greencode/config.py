@@ -229,11 +229,16 @@ def reward_of(config: dict[str, Any], agent: str, dataset: str) -> dict[str, flo
 
 
 def agent_of(config: dict[str, Any], agent: str, model: str, dataset: str) -> dict[str, Any]:
-    """All that the training of an agent for a model on a dataset depends on."""
-    block = {k: v for k, v in config["agents"][agent].items() if k not in ("reward", "datasets")}
+    """All that the training of an agent for a model on a dataset depends on, but for the seed."""
+    block = {k: v for k, v in config["agents"][agent].items() if k not in ("reward", "datasets", "seeds")}
     costs = config["agents"][agent]["reward"].get("costs", {})
     named = {"costs": costs[model]} if model in costs else {}
     return block | {"reward": reward_of(config, agent, dataset) | named}
+
+
+def seeds_of(config: dict[str, Any], agent: str) -> list[int]:
+    """Seeds that an agent is trained with; the first one's is the agent of all other stages."""
+    return config["agents"][agent]["seeds"] or [config["seed"]]
 
 
 def finetune_of(config: dict[str, Any], dataset: str) -> dict[str, Any]:

@@ -318,7 +318,8 @@ def fig06_agent_reward(
     """Fig. 6: mean step reward per episode of PPO, moving average over `window` episodes.
 
     One panel per dataset (the coefficients of the reward may differ between them), one line per model
-    and agent.
+    and agent. Several records of one are its seeds: the line is their mean, the band goes from the lowest
+    to the highest, and both end with the seed that has the fewest episodes.
 
     Raises:
         UserError: if there is no record, or one has no episodes.
@@ -328,32 +329,40 @@ def fig06_agent_reward(
         figure, axes = _panels(datasets, 2.4, "train at least one agent", share="y")
         models = list(dict.fromkeys(record["model"] for record in learning))
         look.agents = sorted({record["agent"] for record in learning})
-        rows: list[dict[str, Any]] = []
+        seeds: dict[tuple[str, str, str], list[np.ndarray]] = {}
         for record in learning:
-            axis = axes[list(datasets).index(record["dataset"])]
-            rewards = np.asarray(record["episode_reward"], dtype=float)
-            if not rewards.size:
+            of = record["model"], record["dataset"], record["agent"]
+            seeds.setdefault(of, []).append(np.asarray(record["episode_reward"], dtype=float))
+        rows: list[dict[str, Any]] = []
+        for (model, dataset, agent), curves in seeds.items():
+            axis = axes[list(datasets).index(dataset)]
+            count = min(map(len, curves))
+            if not count:
                 raise UserError(
-                    f"Agent {record['agent']} of {record['model']} on {record['dataset']} ended no episode; "
-                    "train it for more steps."
+                    f"Agent {agent} of {model} on {dataset} ended no episode; train it for more steps."
                 )
-            span = min(window, len(rewards))
-            mean = np.convolve(rewards, np.ones(span) / span, mode="valid")
-            episodes = np.arange(span, len(rewards) + 1)
+            span = min(window, count)
+            means = np.array(
+                [np.convolve(curve[:count], np.ones(span) / span, mode="valid") for curve in curves]
+            )
+            episodes = np.arange(span, count + 1)
             # More points than a printed line can show only make the files large.
-            every = -(-len(mean) // 2000)
-            mean, episodes = mean[::-1][::every][::-1], episodes[::-1][::every][::-1]
-            label = record["model"] if len(look.agents) == 1 else f"{record['model']}, {record['agent']}"
+            every = -(-len(episodes) // 2000)
+            means, episodes = means[:, ::-1][:, ::every][:, ::-1], episodes[::-1][::every][::-1]
+            label = model if len(look.agents) == 1 else f"{model}, {agent}"
+            colour = look.series_colour(model, agent, models)
+            mean, low, high = means.mean(axis=0), None, None
+            if len(curves) > 1:
+                low, high = means.min(axis=0), means.max(axis=0)
+                label += f", {len(curves)} seeds"
+                axis.fill_between(episodes, low, high, color=colour, alpha=0.35, linewidth=0)
             axis.plot(
-                episodes, mean, label=label, linewidth=1.1,
-                color=look.series_colour(record["model"], record["agent"], models),
-                linestyle=("-", "--", ":", "-.")[look.agents.index(record["agent"]) % 4],
+                episodes, mean, label=label, linewidth=0.9, color=colour,
+                linestyle=("-", "--", ":", "-.")[look.agents.index(agent) % 4],
             )  # fmt: skip
-            rows += [
-                {"model": record["model"], "dataset": record["dataset"], "agent": record["agent"]}
-                | {"episode": int(episode), "reward": float(reward)}
-                for episode, reward in zip(episodes, mean, strict=True)
-            ]
+            table = pd.DataFrame({"episode": episodes, "reward": mean, "low": low, "high": high})
+            about = {"model": model, "dataset": dataset, "agent": agent, "seeds": len(curves)}
+            rows += [about | row for row in table.to_dict("records")]
         for axis, dataset in zip(axes, datasets, strict=True):
             axis.set_title(dataset)
             axis.set_xlim(left=0)
@@ -612,7 +621,8 @@ def frontier(records: Sequence[Mapping[str, Any]], style: Style, stem: str | Pat
     """Every exit rule of one model and dataset: quality (0..1) against depth, time and measured energy.
 
     Bands are 95 % intervals over samples. The star is the full model with its KV cache; the oracle is a
-    bound. Energy that is an estimate from CPU time would repeat the panel of time and is left out.
+    bound. Energy that is an estimate from CPU time would repeat the panel of time and is left out. The
+    last row is along the full model's text, where nothing is timed; thin lines are a rule's other seeds.
 
     Args:
         records: one, as `greencode.frontier.record` gives it.
@@ -626,23 +636,33 @@ def frontier(records: Sequence[Mapping[str, Any]], style: Style, stem: str | Pat
     with _styled(style) as look:
         measured = record["energy_source"] in ("nvml", "rapl")
         costs = [name for name in _FRONTIER_COST if name != "joules" or measured]
-        figure = Figure(figsize=(PAGE, 7.6), layout="constrained")
+        figure = Figure(figsize=(PAGE, 8.4), layout="constrained")
         figure.suptitle(
             f"{_title((record['model'], record['dataset']))} ({record['samples']} completions)",
             fontsize=look.size + 1,
         )
-        axes = figure.subplots(len(_FRONTIER_QUALITY), len(costs), sharex="col", sharey="row", squeeze=False)
+        axes = figure.subplots(
+            len(_FRONTIER_QUALITY) + 1, len(costs), sharex="col", sharey="row", squeeze=False
+        )
+        *measured_axes, (forced, *unused) = axes
         by_rule: dict[str, list[Mapping[str, Any]]] = {}
         for point in record["points"]:
             by_rule.setdefault(point["rule"], []).append(point)
         looks = _rule_looks(by_rule)
         rows: list[dict[str, Any]] = []
-        for line, quality in zip(axes, _FRONTIER_QUALITY, strict=True):
+        for line, quality in zip(measured_axes, _FRONTIER_QUALITY, strict=True):
             line[0].set_ylabel(f"{_FRONTIER_QUALITY[quality]} [0..1]")
             for axis, cost in zip(line, costs, strict=True):
                 for rule, points in by_rule.items():
                     rows += _rule_line(axis, rule, points, cost, quality, looks[rule])
-        for axis, cost in zip(axes[-1], costs, strict=True):
+        forced.set_ylabel("Agreement along the\nfull model's text [0..1]")
+        for rule, points in by_rule.items():
+            rows += _rule_line(forced, rule, points, "forced_layers", "forced_agreement", looks[rule])
+        rows += _seed_lines(forced, record["seeds"], looks)
+        for axis in unused:
+            axis.axis("off")
+        for axis, cost in zip((forced, *measured_axes[-1][1:]), costs, strict=True):
+            axis.tick_params(labelbottom=True)
             axis.set_xlabel(_FRONTIER_COST[cost])
             axis.set_xlim(left=0)
             axis.xaxis.set_major_locator(MaxNLocator(6, integer=cost == "layers", steps=[1, 2, 4, 5, 8, 10]))
@@ -650,7 +670,9 @@ def frontier(records: Sequence[Mapping[str, Any]], style: Style, stem: str | Pat
         handles = [
             Line2D([], [], label=_rule_label(rule, record["rules"]), **looks[rule]) for rule in by_rule
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
+        if record["seeds"]:
+            handles.append(Line2D([], [], color=_FAINT, linewidth=0.6, label="another seed of it"))
+        unused[0].legend(handles=handles, loc="lower center", ncols=2)
         about = {"model": record["model"], "dataset": record["dataset"]}
         _save(figure, pd.DataFrame([about | row for row in rows]), stem, look)
     return figure
@@ -708,6 +730,29 @@ def _rule_line(
         | {end: u[end] for end in ("value", "low", "high")}
         for point, a, u in zip(known, across, up, strict=True)
     ]
+
+
+def _seed_lines(
+    axis: Axes, seeds: Sequence[Mapping[str, Any]], looks: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """A thin line for each seed of a rule but its first, whose line is the rule's own."""
+    lines: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for row in seeds:
+        lines.setdefault((row["rule"], row["seed"]), []).append(row)
+    first = dict(reversed(lines))  # of each rule the seed that comes first
+    rows = []
+    for (rule, seed), points in lines.items():
+        if seed == first[rule]:
+            continue
+        points = sorted(points, key=lambda point: point["forced_layers"])
+        x, y = ([point[name] for point in points] for name in ("forced_layers", "forced_agreement"))
+        axis.plot(x, y, linewidth=0.6, color=looks[rule]["color"], zorder=3)
+        rows += [
+            {"rule": rule, "seed": seed, "share": point["share"], "cost": "forced_layers"}
+            | {"metric": "forced_agreement", "x": a, "value": b}
+            for point, a, b in zip(points, x, y, strict=True)
+        ]
+    return rows
 
 
 def fig12_calibration(records: Sequence[Mapping[str, Any]], style: Style, stem: str | Path) -> Figure:

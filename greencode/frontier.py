@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,9 @@ from greencode.calibrate import Promise
 from greencode.episodes import Episodes
 from greencode.errors import UserError
 from greencode.evaluate import cost
+from greencode.policies import ExitPolicy
 from greencode.results import Generation, Interval
-from greencode.rules import Rule, replay
+from greencode.rules import Rule, operating_points, replay
 
 MEANS = ("agreement", "token_accuracy", "rougeL")
 QUALITY = (*MEANS, "codebleu")
@@ -41,6 +42,42 @@ def teacher_forced(
         "forced_agreement": metrics.mean(agreement.mean(axis=1)),
     }
     return metrics.intervals(statistics, seed, resamples)
+
+
+def seeds(
+    rules: Sequence[Rule],
+    others: Mapping[str, Sequence[ExitPolicy]],
+    validation: Episodes,
+    episodes: Episodes,
+    chosen: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """Depth and agreement along the full model's text of every seed that a rule was trained with.
+
+    Each seed's thresholds are its own, chosen for equal depth on validation as those of `chosen` were. So
+    it is told how far trainings come apart, and not what a threshold of one means to another.
+
+    Args:
+        others: rule -> the networks of its other seeds; a rule that is not there gives no rows.
+        episodes: of the test samples.
+        chosen: the rules' operating points, whose shares of the layers are taken.
+
+    Returns:
+        Rows of rule, seed, share, threshold, forced_layers, forced_agreement; the seed in use first.
+    """
+    rows = []
+    for rule in (rule for rule in rules if rule.name in others):
+        shares = [point["share"] for point in chosen if point["rule"] == rule.name]
+        for network in (rule.network, *others[rule.name]):
+            one = replace(rule, network=network)
+            scores = one.scores(episodes)
+            for point in operating_points([one], validation, shares):
+                depths, agreement = replay(episodes, scores, point["threshold"])
+                rows.append(
+                    {"rule": rule.name, "seed": network.training["settings"]["seed"]}
+                    | {name: point[name] for name in ("share", "threshold")}
+                    | {"forced_layers": float(depths.mean()), "forced_agreement": float(agreement.mean())}
+                )
+    return rows
 
 
 def agreements(generation: Generation, full: Generation) -> list[float]:

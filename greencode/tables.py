@@ -517,6 +517,24 @@ def frontier_table(records: Sequence[Mapping[str, Any]], part: str) -> pd.DataFr
 _ENDS = (("", "value"), ("_low", "low"), ("_high", "high"))
 
 
+def frontier_seeds(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Depth and agreement of trained rules over their seeds: mean, standard deviation, lowest, highest.
+
+    One line per model, dataset, rule and share of the layers, along the full model's text; none of a rule
+    that has one seed only. The deviation is the sample's (n - 1).
+    """
+    metrics = ("forced_layers", "forced_agreement")
+    where = ["model", "dataset", "rule", "share"]
+    rows = [
+        {"model": record["model"], "dataset": record["dataset"]} | row
+        for record in records
+        for row in record["seeds"]
+    ]
+    over = {f"{metric}_{how}": (metric, how) for metric in metrics for how in ("mean", "std", "min", "max")}
+    table = pd.DataFrame(rows, columns=[*where, "seed", *metrics])
+    return table.groupby(where, sort=False).agg(seeds=("seed", "count"), **over).reset_index()
+
+
 def frontier_words(records: Sequence[Mapping[str, Any]]) -> str:
     """What the frontiers say, in sentences made from the numbers; Markdown."""
     text = ["# Which exit rule, at what threshold, and what it saves\n"]
@@ -579,6 +597,33 @@ def _sentences(record: Mapping[str, Any]) -> Iterable[str]:
         f"{record['calibration'][0]['files'] if record['calibration'] else 0} validation files; "
         f"{held} of these held on the test split."
     )
+    yield from _seed_sentences(record)
+
+
+def _seed_sentences(record: Mapping[str, Any]) -> Iterable[str]:
+    """How far apart the seeds of a rule are, against the rule that is nearest to their mean."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in record["seeds"]:
+        found.setdefault(row["rule"], {}).setdefault(row["share"], []).append(row["forced_agreement"])
+    for rule, shares in found.items():
+        told, clear = [], 0
+        for share, values in shares.items():
+            low, high, mean = min(values), max(values), sum(values) / len(values)
+            others = {
+                point["rule"]: point["metrics"]["forced_agreement"]["value"]
+                for point in record["points"]
+                if point["share"] == share and point["rule"] not in (rule, "fixed")
+            }
+            span = f"{low:.3f} to {high:.3f} at {share:.0%}"
+            if others:
+                nearest = min(others, key=lambda other: abs(others[other] - mean))
+                span += f" (nearest rule: {nearest}, {others[nearest]:.3f})"
+            clear += not any(low <= value <= high for value in others.values())
+            told.append(span)
+        yield (
+            f"Agreement of {rule} along the full model's text over {len(values)} seeds, by share of the "
+            f"layers: {', '.join(told)}. At {clear} of {len(shares)} no other rule lies between the seeds."
+        )
 
 
 def _percent(row: Mapping[str, Any]) -> str:

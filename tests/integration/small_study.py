@@ -32,7 +32,7 @@ CONFIG = {
         "save_every": 2,
     },
     "trajectories": {"train_episodes": 16, "validation_episodes": 8, "new_tokens": 5, "batch_size": 8},
-    "agents": {"agent": {"preset": "small", "steps": 2048, "environments": 4}},
+    "agents": {"agent": {"preset": "small", "steps": 2048, "environments": 4, "seeds": [1, 2]}},
     "thresholds": [0.5],
     "targets": {"agreement": [0.25]},
     "frontier": {

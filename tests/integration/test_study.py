@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from greencode.calibrate import Calibration
 from greencode.corpus import read_split
 from greencode.episodes import Episodes
+from greencode.policies import ExitPolicy
 from greencode.results import Evaluation, Generation, read_generations
 
 METHODS = ["base", "full", "fixed-4", "agent-T0.5", "agent-agreement0.25"]
@@ -97,7 +98,7 @@ def test_results_say_how_they_were_made(study):
 
 JOBS = {
     "prepare_corpus": 1, "fetch_base_model": 1, "finetune_model": 1, "record_trajectories": 1,
-    "train_agent": 1, "measure_overhead": 1, "generate_base": 1, "generate_full": 1, "generate_fixed": 1,
+    "train_agent": 2, "measure_overhead": 1, "generate_base": 1, "generate_full": 1, "generate_fixed": 1,
     "generate_agent": 1, "calibrate": 1, "generate_promise": 1,
     "evaluate_method": len(METHODS), "write_tables": 1, "figure_fixed_exit": 1,
     "figure_exit_weights": 1, "figure_loss_curves": 1, "figure_agent_reward": 1, "figure_optimal_exits": 1,
@@ -235,6 +236,42 @@ def test_every_rule_is_on_the_frontier(frontier):
     assert record["samples"] == 3
 
 
+def test_seeds_of_the_agent_differ_and_are_told(frontier):
+    results = frontier.folder / "results"
+    folders = [results / "agents/tiny/code/agent" / name for name in ("", "seed-2")]
+    policies = [ExitPolicy.load(folder / "policy.safetensors") for folder in folders]
+    assert [policy.training["settings"]["seed"] for policy in policies] == [1, 2]
+    assert (policies[0].layers[0][0] != policies[1].layers[0][0]).any()
+    learnt = [json.loads((folder / "learning.json").read_text()) for folder in folders]
+    assert [record["provenance"]["seed"] for record in learnt] == [1, 2]
+    with open(results / "figures/fig06_agent_reward.csv", newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    shortest = min(len(record["episode_reward"]) for record in learnt)
+    last = [sum(record["episode_reward"][shortest - 50 : shortest]) / 50 for record in learnt]
+    assert (rows[-1]["seeds"], rows[-1]["episode"]) == ("2", str(shortest))
+    found = [float(rows[-1][name]) for name in ("low", "reward", "high")]
+    assert found == pytest.approx([min(last), sum(last) / 2, max(last)])
+
+    record = json.loads((results / "frontier/tiny/code/frontier.json").read_text())
+    first, second = record["seeds"]
+    assert [(row["rule"], row["seed"], row["share"]) for row in (first, second)] == [
+        ("agent", 1, 0.7),
+        ("agent", 2, 0.7),
+    ]
+    (point,) = (point for point in record["points"] if point["method"] == "agent-D0.7")
+    assert first["threshold"] == point["threshold"]
+    for name in ("forced_layers", "forced_agreement"):
+        assert first[name] == pytest.approx(point["metrics"][name]["value"])
+    with open(results / "tables/frontier_seeds.csv", newline="", encoding="utf-8") as stream:
+        (row,) = csv.DictReader(stream)
+    layers = [one["forced_layers"] for one in (first, second)]
+    assert row["seeds"] == "2"
+    assert float(row["forced_layers_mean"]) == pytest.approx(sum(layers) / 2)
+    assert "Agreement of agent along the full model's text over 2 seeds" in (
+        results / "tables/frontier.md"
+    ).read_text(encoding="utf-8")
+
+
 def test_every_rule_completed_the_same_samples(frontier):
     generations = read_generations(frontier.folder / "results/frontier/tiny/code/generations.jsonl.gz")
     assert {one.method: one.provenance.kv for one in generations if one.provenance.kv != "deferred"} == {
@@ -253,7 +290,7 @@ def test_the_frontier_is_told_in_figures_tables_and_words(frontier):
     for name in ("frontier_tiny_code", "fig12_calibration"):
         assert (results / f"figures/{name}.png").stat().st_size > 5000
         assert (results / f"figures/{name}.pdf").read_bytes().startswith(b"%PDF")
-    for name in ("frontier_points", "frontier_savings", "frontier_tests", "calibration"):
+    for name in ("frontier_points", "frontier_savings", "frontier_tests", "frontier_seeds", "calibration"):
         with open(results / f"tables/{name}.csv", newline="", encoding="utf-8") as stream:
             assert len(list(csv.reader(stream))) > 1
     words = (results / "tables/frontier.md").read_text(encoding="utf-8")

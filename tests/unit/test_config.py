@@ -165,6 +165,16 @@ def test_an_agent_may_learn_along_one_that_learnt_along_another(config, root):
     assert "along" not in full["agents"]["a"]
 
 
+def test_seeds_of_an_agent_are_its_own_or_the_studys(config):
+    put(config, "seed", 5)
+    alone = study.complete(config)
+    assert study.seeds_of(alone, "a") == [5]
+    put(config, "agents.a.seeds", [7, 5, 0])
+    several = study.complete(config)
+    assert study.seeds_of(several, "a") == [7, 5, 0]
+    assert study.agent_of(several, "a", "m", "d") == study.agent_of(alone, "a", "m", "d")
+
+
 def test_exit_points_of_a_model_are_its_own_or_the_papers(config):
     assert study.points_of(study.complete(config)["models"]["m"]) == (4, 8)
     put(config, "models.m.exit_points", [2, 5, 8])
@@ -273,6 +283,10 @@ def test_a_name_that_is_no_text_is_named(config, root, block):
         ("seed", -1, "seed: -1 is less than the minimum of 0"),
         ("threads", True, "threads: True is not of type 'integer'"),
         ("agents.a.steps", 1.5, "agents.a.steps: 1.5 is not of type 'integer'"),
+        ("agents.a.seeds", 2, "agents.a.seeds: 2 is not of type 'array'"),
+        ("agents.a.seeds", [1, -2], "agents.a.seeds.1: -2 is less than the minimum of 0"),
+        ("agents.a.seeds", [2**32], "agents.a.seeds.0: 4294967296 is greater than the maximum"),
+        ("agents.a.seeds", [1, 2, 1], "agents.a.seeds: [1, 2, 1] has non-unique elements"),
         ("finetune.bf16", "yes", "finetune.bf16: 'yes' is not of type 'boolean'"),
         ("finetune.datasets.d.epochs", "3", "finetune.datasets.d.epochs: '3' is not of type 'number'"),
         ("finetune", 3, "finetune: 3 is not of type 'object'"),

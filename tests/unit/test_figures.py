@@ -98,6 +98,8 @@ ALL = {
         {("tiny", "java"): loss_curve(28)}, STYLE, stem
     ),
     "fig06_agent_reward": lambda stem: figures.fig06_agent_reward([learning()], STYLE, stem),
+    "fig06_with_seeds": lambda stem: figures.fig06_agent_reward([learning(), learning()], STYLE, stem),
+    "frontier_tiny_java": lambda stem: figures.frontier([frontier(seeds=(1, 2))], STYLE, stem),
     "fig07_optimal_exits": lambda stem: figures.fig07_optimal_exits([learning()], STYLE, stem),
     "fig08_tiny_java": lambda stem: figures.pair_figures(study(), STYLE, stem),
     "published_vs_measured": lambda stem: figures.published_vs_measured(
@@ -184,6 +186,27 @@ def test_fig06_is_a_moving_average(tmp_path) -> None:
     assert one["reward"].to_numpy() == pytest.approx(expected.to_numpy())
     assert len(found[found["dataset"] == "python"]) == 1
     assert "tiny, odd-T1_name" in texts(figure)
+
+
+def test_fig06_shows_seeds_as_their_mean_and_range(tmp_path) -> None:
+    seeds = [learning(), learning(episodes=90), learning()]
+    for record, shift in zip(seeds, (0.0, 0.3, -0.1), strict=True):
+        record["episode_reward"] = [reward + shift for reward in record["episode_reward"]]
+    records = [seeds[0], learning(model="other"), *seeds[1:]]
+    figure = figures.fig06_agent_reward(records, CSV, tmp_path / "f")
+    found = read(tmp_path / "f")
+    several, one = (found[found["model"] == model] for model in ("tiny", "other"))
+    assert several["episode"].tolist() == list(range(50, 91))
+    assert set(several["seeds"]) == {3}
+    average = pd.Series(seeds[0]["episode_reward"]).rolling(50).mean()[49:90].to_numpy()
+    assert several["reward"].to_numpy() == pytest.approx(average + 0.2 / 3)
+    assert several["low"].to_numpy() == pytest.approx(average - 0.1)
+    assert several["high"].to_numpy() == pytest.approx(average + 0.3)
+    assert one["reward"].notna().all()
+    assert one[["low", "high"]].isna().all(axis=None)
+    assert "tiny, 3 seeds" in texts(figure)
+    assert "other, " not in texts(figure)
+    assert len(figure.axes[0].collections) == 1
 
 
 def test_fig06_thins_long_curves_and_keeps_the_end(tmp_path) -> None:
@@ -311,12 +334,67 @@ def test_wrong_style(style, message, tmp_path) -> None:
         figures.pair_figures(study(), style, tmp_path / "f")
 
 
+def rule_point(rule: str, share: float, depth: float, agreement: float) -> dict:
+    quality = dict.fromkeys(("agreement", "token_accuracy", "rougeL", "codebleu"), agreement / 2)
+    cost = {"layers": depth, "seconds": depth / 10}
+    values = quality | cost | {"forced_layers": depth, "forced_agreement": agreement}
+    metrics = {name: {"value": v, "low": v * 0.9, "high": v * 1.1} for name, v in values.items()}
+    return {"method": f"{rule}-D{share}", "rule": rule, "share": share, "metrics": metrics}
+
+
+def frontier(seeds: tuple[int, ...] = ()) -> dict:
+    shares = {0.5: 0.6, 0.8: 0.9}
+    points = [rule_point("full", 1.0, 16, 1.0), rule_point("fixed", 0.25, 4, 0.2)]
+    points += [
+        rule_point(rule, s, 16 * s, agreement)
+        for rule in ("margin", "ppo")
+        for s, agreement in shares.items()
+    ]
+    return {
+        "model": "tiny", "dataset": "java", "samples": 5, "energy_source": "estimate",
+        "rules": {"margin": "margin", "ppo": "agent"}, "points": points,
+        "seeds": [
+            {"rule": "ppo", "seed": seed, "share": share, "threshold": 0.5}
+            | {"forced_layers": 16 * share + seed, "forced_agreement": agreement + seed / 100}
+            for seed in seeds
+            for share, agreement in shares.items()
+        ],
+    }  # fmt: skip
+
+
+def test_frontier_has_a_line_for_each_other_seed(tmp_path) -> None:
+    several = figures.frontier([frontier(seeds=(3, 1, 2))], CSV, tmp_path / "f")
+    found = read(tmp_path / "f")
+    seeds = found[found["seed"].notna()]
+    assert set(zip(seeds["cost"], seeds["metric"], strict=True)) == {("forced_layers", "forced_agreement")}
+    rows = seeds[["rule", "seed", "share", "x", "value"]].to_dict("split")["data"]
+    assert rows == [
+        ["ppo", seed, share, pytest.approx(16 * share + seed), pytest.approx(agreement + seed / 100)]
+        for seed in (1, 2)
+        for share, agreement in ((0.5, 0.6), (0.8, 0.9))
+    ]
+    assert "another seed" in texts(several)
+    one = figures.frontier([frontier()], CSV, tmp_path / "g")
+    assert "another seed" not in texts(one)
+    assert "seed" not in read(tmp_path / "g")
+
+    def lines(figure):
+        axis = next(axis for axis in figure.axes if axis.get_ylabel().startswith("Agreement along"))
+        return len(axis.lines)
+
+    assert lines(several) == lines(one) + 2
+    measured = read(tmp_path / "g")
+    forced = measured[measured["metric"] == "forced_agreement"]
+    assert forced[forced["rule"] == "ppo"]["x"].tolist() == pytest.approx([8, 12.8])
+
+
 @pytest.mark.parametrize(
     "draw",
     [
         lambda stem: figures.fig04_loss_curves({}, CSV, stem),
         lambda stem: figures.fig06_agent_reward([], CSV, stem),
         lambda stem: figures.fig06_agent_reward([learning(episodes=0)], CSV, stem),
+        lambda stem: figures.fig06_agent_reward([learning(), learning(episodes=0)], CSV, stem),
         lambda stem: figures.fig07_optimal_exits([], CSV, stem),
         lambda stem: figures.fig07_optimal_exits([learning() | {"optimal_exits": {}}], CSV, stem),
         lambda stem: figures.fig01_fixed_exit([], CSV, stem),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_rules import make
+from test_rules import POINTS, make
 
 from greencode.errors import UserError
 from greencode.frontier import (
@@ -13,12 +13,14 @@ from greencode.frontier import (
     measure,
     per_sample,
     saving_at,
+    seeds,
     sign_flip_p,
     summaries,
     teacher_forced,
 )
+from greencode.policies import ExitPolicy
 from greencode.results import Completion, Generation, Provenance, read_generations, write_generations
-from greencode.rules import Rule, operating_points
+from greencode.rules import Rule, operating_points, replay
 
 
 def generation(method, tokens, depths, seconds):
@@ -61,6 +63,36 @@ def test_several_methods_in_one_file(tmp_path):
     assert read_generations(path) == [FULL, HALF]
     with pytest.raises(UserError, match="of one method; it has 2"):
         Generation.read(path)
+
+
+def test_seeds_at_equal_depth_with_thresholds_of_their_own():
+    def network(seed, factor):
+        """Reads what tells whether an exit point is right, and trusts it as much as the factor says."""
+        weight = factor * np.eye(3, 6)[:, None]
+        return ExitPolicy(
+            [(weight, np.zeros((3, 1)))], POINTS, "final_norm", "abc", {"settings": {"seed": seed}}
+        )
+
+    validation, test = make(count=400), make(count=100, seed=1)
+    rules = [Rule("one", "agent", network(4, 1.0)), Rule("two", "agent", network(4, 1.0))]
+    others = {"two": [network(9, 0.5), network(6, -1.0)]}
+    chosen = operating_points(rules, validation, [0.5, 0.8])
+    rows = seeds(rules, others, validation, test, chosen)
+    assert [(row["rule"], row["seed"], row["share"]) for row in rows] == [
+        ("two", seed, share) for seed in (4, 9, 6) for share in (0.5, 0.8)
+    ]
+    for first, sure, wrong, point in zip(rows[:2], rows[2:4], rows[4:], chosen[2:], strict=True):
+        assert first["threshold"] == point["threshold"]
+        depths, agreement = replay(test, rules[1].scores(test), point["threshold"])
+        assert (first["forced_layers"], first["forced_agreement"]) == (depths.mean(), agreement.mean())
+        # Half as sure in everything, it has the same ranks and so leaves at the same places.
+        odds = [row["threshold"] / (1 - row["threshold"]) for row in (first, sure)]
+        assert odds[0] == pytest.approx(odds[1] ** 2, rel=1e-3)
+        for name in ("forced_layers", "forced_agreement"):
+            assert sure[name] == pytest.approx(first[name], abs=1e-3)
+        assert wrong["forced_layers"] == pytest.approx(6 * wrong["share"], abs=0.3)
+        assert wrong["forced_agreement"] < first["forced_agreement"] - 0.1
+    assert seeds(rules, {}, validation, test, chosen) == []
 
 
 def test_savings_between_points():

@@ -212,6 +212,60 @@ def test_table3() -> None:
     assert found.loc["buffer"].tolist()[-2:] == [4096, 256]
 
 
+def seeds(agreements: dict[int, tuple[float, float]], others: dict[str, tuple[float, float]]) -> dict:
+    """What the frontier of a pair says of an agent's seeds and of other rules, at half and at 80 %."""
+    shares = (0.5, 0.8)
+    return {
+        "model": "tiny",
+        "dataset": "java",
+        "seeds": [
+            {"rule": "agent", "seed": seed, "share": share, "threshold": 0.5}
+            | {"forced_layers": 16 * share + seed, "forced_agreement": value}
+            for seed, values in agreements.items()
+            for share, value in zip(shares, values, strict=True)
+        ],
+        "points": [
+            {"rule": rule, "share": share, "metrics": {"forced_agreement": {"value": value}}}
+            for rule, values in others.items()
+            for share, value in zip(shares, values, strict=True)
+        ],
+    }
+
+
+def test_frontier_seeds() -> None:
+    known = seeds({1: (0.5, 0.8), 2: (0.6, 0.8), 6: (0.7, 0.8)}, {})
+    found = tables.frontier_seeds([known, {"model": "other", "dataset": "java", "seeds": []}])
+    assert found["share"].tolist() == [0.5, 0.8]
+    assert found["seeds"].tolist() == [3, 3]
+    half, deep = found.to_dict("records")
+    for how, value in {"mean": 0.6, "std": 0.1, "min": 0.5, "max": 0.7}.items():
+        assert half[f"forced_agreement_{how}"] == pytest.approx(value)
+    for how, value in {"mean": 15.8, "std": 7**0.5, "min": 13.8, "max": 18.8}.items():
+        assert deep[f"forced_layers_{how}"] == pytest.approx(value)
+    assert deep["forced_agreement_std"] == 0
+
+
+def test_frontier_seeds_of_none_is_a_head_without_lines(tmp_path) -> None:
+    tables.write_table(tables.frontier_seeds([seeds({}, {})]), tmp_path / "none.csv")
+    (head,) = (tmp_path / "none.csv").read_text().splitlines()
+    assert head.startswith("model,dataset,rule,share,seeds,forced_layers_mean,")
+
+
+def test_seeds_are_told_against_the_nearest_rule() -> None:
+    others = {"agent": (0.61, 0.8), "fixed": (0.6, 0.8), "near": (0.71, 0.9), "far": (0.69, 0.1)}
+    # At half of the layers `near` is nearest to the mean, but it is `far` that lies between the seeds.
+    known = seeds({1: (0.68, 0.8), 2: (0.73, 0.8), 3: (0.732, 0.83)}, others)
+    (sentence,) = tables._seed_sentences(known)
+    assert sentence == (
+        "Agreement of agent along the full model's text over 3 seeds, by share of the layers: 0.680 to 0.732 "
+        "at 50% (nearest rule: near, 0.710), 0.800 to 0.830 at 80% (nearest rule: near, 0.900). At 1 of 2 no "
+        "other rule lies between the seeds."
+    )
+    (alone,) = tables._seed_sentences(seeds({1: (0.5, 0.8), 2: (0.6, 0.8)}, {}))
+    assert "nearest" not in alone
+    assert list(tables._seed_sentences(seeds({}, others))) == []
+
+
 def test_write_table_is_exact_and_the_same_each_time(tmp_path) -> None:
     table = pd.DataFrame({"a": [1 / 3, None], "b": ["x", "ü"]})
     tables.write_table(table, tmp_path / "deep" / "one.csv")

@@ -87,7 +87,7 @@ def test_configurations_of_the_readme_are_used_by_its_commands():
 
 def test_the_second_agent_of_the_readme_stands_beside_the_first(jobs):
     count = jobs("snakemake --cores all figures --configfile config/mine.yaml")
-    assert count["train_agent"] == 2 * 4
+    assert count["train_agent"] == (3 + 1) * 4  # three seeds of the first
     assert count["generate_agent"] == 2 * 6 * 4
 
 

@@ -220,6 +220,39 @@ def test_an_agent_along_another_adds_its_episodes_and_its_own(study, config):
     )
 
 
+def of_seed(seed, pairs=PAIRS):
+    """Files of an agent's training with a seed that is not its first."""
+    return trained(f"agent/seed-{seed}", pairs)
+
+
+def test_another_seed_is_trained_and_shown(study, config):
+    config["agents"]["agent"]["seeds"] = [1]
+    assert pending(study, config) == set()
+    config["agents"]["agent"]["seeds"] = [1, 7, 8]
+    assert pending(study, config) == of_seed(7) | of_seed(8) | figures("fig06")
+
+
+def test_another_first_seed_re_runs_the_agent(study, config):
+    config["agents"]["agent"]["seeds"] = [7, 1]
+    assert pending(study, config) == AFTER_AGENTS | of_seed(1)
+
+
+def test_another_seed_measures_no_frontier_anew(study, config):
+    study.configure(config)
+    for name, _, _ in study.summary("frontier"):
+        path = study.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    done = study.snakemake("--touch", "--forceall", "frontier", cores=1)
+    assert done.returncode == 0, done.stderr
+    config["agents"]["agent"]["seeds"] = [1, 7]
+    study.configure(config)
+    anew = {name for name, _, anew in study.summary("frontier") if anew}
+    shown = [name for name in anew if name.startswith(("results/figures", "results/tables"))]
+    assert anew - set(shown) == of_seed(7) | {f"results/frontier/{pair}/frontier.json" for pair in PAIRS}
+    assert "results/tables/frontier_seeds.csv" in shown
+
+
 def test_explicit_defaults_equal_implicit_ones(study, config):
     config = complete(config)
     config["agents"]["agent"]["reward"] = dict(reversed(config["agents"]["agent"]["reward"].items()))

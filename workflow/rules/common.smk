@@ -175,7 +175,8 @@ def trajectories_block(wildcards):
 
 def agent_block(wildcards):
     agent = study.agent_of(STUDY, wildcards.agent, wildcards.model, wildcards.dataset)
-    return {"seed": STUDY["seed"], **agent}
+    first = study.seeds_of(STUDY, wildcards.agent)[0]
+    return {"seed": int(wildcards.run.rpartition("-")[2] or first), **agent}
 
 
 def along_block(wildcards):
@@ -285,6 +286,12 @@ POLICIES = [
         for name in TRAINED
     ),
 ]
+# Other seeds of the agents: they show how far trainings come apart, and no text is completed with them.
+OTHER_SEEDS = [
+    f"results/agents/{{model}}/{{dataset}}/{name}/seed-{seed}"
+    for name in AGENTS
+    for seed in study.seeds_of(STUDY, name)[1:]
+]
 CALIBRATIONS = [
     f"results/calibration/{{model}}/{{dataset}}/{name}.json" for name in RULES
 ]
@@ -362,6 +369,7 @@ FRONTIER = expand(
         "frontier_points.csv",
         "frontier_savings.csv",
         "frontier_tests.csv",
+        "frontier_seeds.csv",
         "calibration.csv",
         "frontier.md",
     ],
@@ -371,6 +379,11 @@ LEARNING = [
     for m, d in PAIRS
     for agent in AGENTS
 ]
+SEED_LEARNING = expand(
+    [f"{folder}/learning.json" for folder in OTHER_SEEDS],
+    model=MODELS,
+    dataset=DATASETS,
+)
 WEIGHTED = [
     {
         "name": name,

@@ -94,6 +94,9 @@ rule evaluate_frontier:
         thresholds="results/frontier/{model}/{dataset}/thresholds.json",
         policies=POLICIES,
         calibrations=CALIBRATIONS,
+        validation="results/trajectories/{model}/{dataset}/validation.safetensors",
+        # Their thresholds are chosen here, so that one more seed does not measure everything anew.
+        seeds=[f"{folder}/policy.safetensors" for folder in OTHER_SEEDS],
     output:
         "results/frontier/{model}/{dataset}/frontier.json",
     log:
@@ -199,6 +202,12 @@ rule write_frontier:
             caption="../report/frontier.rst",
             category="7 Frontier",
             labels={"table": "tests", "shows": "Rules against each other"},
+        ),
+        seeds=report(
+            "results/tables/frontier_seeds.csv",
+            caption="../report/frontier.rst",
+            category="7 Frontier",
+            labels={"table": "seeds", "shows": "Agents over their seeds"},
         ),
         calibration=report(
             "results/tables/calibration.csv",

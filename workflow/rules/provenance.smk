@@ -24,7 +24,15 @@ OUTPUTS = [
     *expand(rules.finetune_model.output, model=MODELS, dataset=DATASETS),
     *expand(rules.record_trajectories.output, model=MODELS, dataset=DATASETS),
     *expand(rules.record_along.output, model=MODELS, dataset=DATASETS, agent=ALONG),
-    *expand(rules.train_agent.output, model=MODELS, dataset=DATASETS, agent=AGENTS),
+    *expand(
+        rules.train_agent.output, model=MODELS, dataset=DATASETS, agent=AGENTS, run=""
+    ),
+    *expand(
+        [f"{folder}/policy.safetensors" for folder in OTHER_SEEDS],
+        model=MODELS,
+        dataset=DATASETS,
+    ),
+    *SEED_LEARNING,
     *expand(
         rules.measure_overhead.output, model=MODELS, dataset=DATASETS, agent=AGENTS
     ),

@@ -93,7 +93,7 @@ rule figure_loss_curves:
 
 rule figure_agent_reward:
     input:
-        learning=LEARNING,
+        learning=LEARNING + SEED_LEARNING,
     output:
         pdf="results/figures/fig06_agent_reward.pdf",
         png=report(

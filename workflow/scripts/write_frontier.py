@@ -8,6 +8,7 @@ def main(smk):
     records = [read_json(path) for path in smk.input]
     for name in ("points", "summaries", "tests", "calibration"):
         tables.write_table(tables.frontier_table(records, name), smk.output[name])
+    tables.write_table(tables.frontier_seeds(records), smk.output.seeds)
     write_text(smk.output.words, tables.frontier_words(records))
 
 
