@@ -19,7 +19,7 @@ setup: ## install what is needed into .venv
 report: figures ## one HTML page with every figure and table
 	$(BIN)/snakemake --report report.html
 
-verify: setup ## whether results and their sources are as results/manifest.json records
+verify: setup ## whether results and their sources are as their manifests record
 	@$(BIN)/python -m greencode.manifest verify
 
 serve: setup ## completions of MODEL on DATASET for editors, on 127.0.0.1:8000

@@ -46,6 +46,7 @@ rule tables:
 rule frontier:
     input:
         FRONTIER,
+        rules.write_frontier_manifest.output,
 
 
 rule pretrain:

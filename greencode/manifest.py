@@ -1,5 +1,7 @@
 """results/manifest.json: how the files of a study were made, what they cost, whether they are the same.
 
+The frontier, a target of its own, has results/frontier_manifest.json.
+
 `python -m greencode.manifest verify` recomputes the hashes. Paths are relative to the study's folder where
 they lie in it. Times are seconds, energies joules; what was not measured is None, never 0.
 """
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MANIFEST = "results/manifest.json"
+FRONTIER = "results/frontier_manifest.json"
 # Ember, Global Electricity Review 2025; the schema's default.
 WORLD_INTENSITY = 473.0
 JOULES_PER_KWH = 3.6e6
@@ -214,22 +217,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
     parser = argparse.ArgumentParser(prog="python -m greencode.manifest", description=__doc__)
     parser.add_argument("command", choices=["verify"], help="compare the files with their recorded hashes")
-    parser.add_argument("manifest", nargs="?", default=MANIFEST, help=f"default: {MANIFEST}")
-    given = parser.parse_args(arguments)
+    parser.add_argument("manifest", nargs="*", help=f"default: those there are of {MANIFEST} and {FRONTIER}")
+    given = parser.parse_args(arguments).manifest
+    paths = given or [path for path in (MANIFEST, FRONTIER) if Path(path).exists()] or [MANIFEST]
+    return max([_told(path) for path in paths])
+
+
+def _told(path: str) -> int:
+    """Verify one manifest and say in one line what was found; gives the exit code."""
     try:
-        number, differ, missing = verify(given.manifest)
+        number, differ, missing = verify(path)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
     if not differ + missing:
-        print(f"All {number} files are as recorded in {given.manifest}.")
+        print(f"All {number} files are as recorded in {path}.")
         return 0
     parts = [
         f"{len(names)} {what} ({', '.join(names)})"
         for what, names in (("differ", differ), ("missing", missing))
         if names
     ]
-    print(f"Of {number} files in {given.manifest}: {'; '.join(parts)}.", file=sys.stderr)
+    print(f"Of {number} files in {path}: {'; '.join(parts)}.", file=sys.stderr)
     return 1
 
 

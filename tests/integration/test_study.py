@@ -300,6 +300,41 @@ def test_the_frontier_is_told_in_figures_tables_and_words(frontier):
     assert "Nothing to be done" in again.stderr
 
 
+def test_the_frontier_has_a_manifest_of_its_own(frontier):
+    results = frontier.folder / "results"
+    made = {
+        name: json.loads((results / f"{name}.json").read_text()) for name in ("manifest", "frontier_manifest")
+    }
+    own = {
+        path.relative_to(frontier.folder).as_posix()
+        for pattern in (
+            "policies/**/*.*",
+            "frontier/**/*.*",
+            "*/frontier_*",
+            "*/*calibration*",
+            "*/frontier.md",
+        )
+        for path in results.glob(pattern)
+    }
+    assert len(own) > 12
+    assert own <= made["frontier_manifest"]["outputs"].keys()
+    assert not own & made["manifest"]["outputs"].keys()
+    assert "results/models/tiny/code/model.safetensors" in made["frontier_manifest"]["outputs"]
+    rules = {"train_policy", "choose_thresholds", "generate_frontier", "evaluate_frontier", "write_frontier"}
+    assert rules <= made["frontier_manifest"]["rules"].keys()
+    assert "Not on record" not in made["frontier_manifest"]["total"]["energy_note"]
+    command = [sys.executable, "-m", "greencode.manifest", "verify"]
+    done = subprocess.run(command, cwd=frontier.folder, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout.count("All ")) == (0, "", 2)
+
+
+def test_figures_do_not_need_the_frontier(frontier):
+    frontier.configure(CONFIG | {"frontier": CONFIG["frontier"] | {"samples": 2}})
+    made = {rule for _, rule, anew in frontier.summary() if anew}
+    frontier.configure(CONFIG)
+    assert made == {"write_manifest"}  # it holds the whole configuration
+
+
 def test_an_agent_learns_along_another_ones_text(study):
     text = {"agent": "agent", "threshold": 0, "share": 0.75}
     dagger = CONFIG["agents"]["agent"] | {"along": text, "reward": {"costs": {"tiny": [4]}}}

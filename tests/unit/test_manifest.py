@@ -199,6 +199,25 @@ def test_files_that_changed_or_went_are_named(capsys, monkeypatch, study):
     )
 
 
+def test_the_frontiers_manifest_is_compared_too(capsys):
+    number = len(build()["outputs"]) + 2
+    Path("results/tables").mkdir()
+    Path("results/tables/frontier.md").write_text("of the frontier")
+    record = manifest.build(STUDY, ["results/tables/frontier.md"], [], [], {})
+    write_json(manifest.FRONTIER, record)
+    assert manifest.main(["verify"]) == 0
+    assert capsys.readouterr().out == (
+        f"All {number} files are as recorded in results/manifest.json.\n"
+        "All 1 files are as recorded in results/frontier_manifest.json.\n"
+    )
+    os.remove("results/tables/frontier.md")
+    assert manifest.main(["verify"]) == 1
+    assert manifest.main(["verify", manifest.MANIFEST]) == 0
+    assert capsys.readouterr().err == (
+        "Of 1 files in results/frontier_manifest.json: 1 missing (results/tables/frontier.md).\n"
+    )
+
+
 @pytest.mark.parametrize("text", ["[1]", '{"inputs": {}}', '{"inputs": {}, "outputs": {"a": 1}}'])
 def test_something_else_is_no_manifest(capsys, text):
     Path("results/manifest.json").write_text(text)

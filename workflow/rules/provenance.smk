@@ -6,8 +6,8 @@ MADE = [
     for model in STUDY["models"].values()
     if model.get("path") in study.pretrained(STUDY)
 ]
-# Every file of the study, stage by stage.
-OUTPUTS = [
+# Every file of the study, stage by stage: first those of which figures and the frontier are made.
+SHARED = [
     *(
         [
             *rules.train_tokenizer.output,
@@ -33,6 +33,9 @@ OUTPUTS = [
         dataset=DATASETS,
     ),
     *SEED_LEARNING,
+]
+OUTPUTS = [
+    *SHARED,
     *expand(
         rules.measure_overhead.output, model=MODELS, dataset=DATASETS, agent=AGENTS
     ),
@@ -51,6 +54,14 @@ OUTPUTS = [
     *FIGURES,
     *TABLES,
     "results/tables/summary.md",
+]
+FRONTIER_OUTPUTS = [
+    *SHARED,
+    *expand(rules.train_policy.output, model=MODELS, dataset=DATASETS, policy=TRAINED),
+    *expand(rules.choose_thresholds.output, model=MODELS, dataset=DATASETS),
+    *expand(rules.generate_frontier.output, model=MODELS, dataset=DATASETS),
+    *expand(rules.evaluate_frontier.output, model=MODELS, dataset=DATASETS),
+    *FRONTIER,
 ]
 SOURCES = [
     *(
@@ -84,6 +95,9 @@ rule write_manifest:
         "logs/write_manifest.log",
     conda:
         "../../envs/provenance.yaml"
+    # Every byte of the study is read; not in the group of the figures, of which it is made.
+    resources:
+        runtime=120,
     params:
         study=STUDY,
         configs=[os.path.relpath(path) for path in workflow.configfiles],
@@ -92,3 +106,23 @@ rule write_manifest:
         "Writing how the study's files were made, and what they cost"
     script:
         "../scripts/write_manifest.py"
+
+
+# The frontier has a manifest of its own: in that of the figures its files would be stale as often as figures
+# are made without it.
+use rule write_manifest as write_frontier_manifest with:
+    input:
+        outputs=FRONTIER_OUTPUTS,
+        sources=SOURCES,
+    output:
+        manifest="results/frontier_manifest.json",
+        cost=report(
+            "results/tables/frontier_cost.csv",
+            caption="../report/tables.rst",
+            category="7 Frontier",
+            labels={"table": "cost", "shows": "What the frontier cost"},
+        ),
+    log:
+        "logs/write_frontier_manifest.log",
+    message:
+        "Writing how the frontier's files were made, and what they cost"
