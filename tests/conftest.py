@@ -94,11 +94,11 @@ def stub_model(folder, family="llama", layers=8):
 
 @pytest.fixture(scope="session")
 def studies(tmp_path_factory):
-    """Makes makers of studies; a command given to it starts the process that runs them."""
+    """Makes makers of studies; `command` starts the process that runs them, which runs `first` before."""
 
     @contextlib.contextmanager
-    def within(*command):
-        command = [*command, sys.executable, "-c", SERVER]
+    def within(*command, first=""):
+        command = [*command, sys.executable, "-c", first + SERVER]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
             yield lambda name: Study(tmp_path_factory.mktemp(name), server)
             server.stdin.close()
