@@ -9,7 +9,6 @@ import socket
 import subprocess
 import threading
 import time
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import small_study
 import yaml
 from small_study import prepare
 
+from greencode.files import read_json
 from greencode.results import Evaluation
 
 pytestmark = pytest.mark.slurm
@@ -84,14 +84,15 @@ ASKING = """
 from snakemake_executor_plugin_slurm import Executor
 Executor.next_seconds_between_status_checks = property(lambda self: 2, lambda self, seconds: None)
 """
-NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--mount-proc")
+# Ended with the tests, even if these are killed.
+NAMESPACES = ("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--mount-proc", "--kill-child")
 
 
 def missing():
     """Why there can be no Slurm here, or None."""
     if os.geteuid() != 0:
         return "only root can start Slurm's daemons"
-    programs = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
+    programs = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "setpriv")
     if absent := [name for name in programs if not shutil.which(name)]:
         return f"not installed: {', '.join(absent)} (Debian: slurm-wlm, munge)"
     if not Path("/etc/slurm").is_dir():
@@ -187,7 +188,9 @@ def cancelled(cluster, clustered, failed):
     runs = []
     run = threading.Thread(target=lambda: runs.append(clustered.snakemake(*RUN, cores=None)))
     run.start()
-    while not any(clustered.folder.glob("results/models/tiny/code/checkpoints/*/checkpoint-*/*.json")):
+    while not any(
+        clustered.folder.glob("results/models/tiny/code/checkpoints/*/checkpoint-*/trainer_state.json")
+    ):
         assert run.is_alive(), runs[0].stderr
         time.sleep(0.01)
     cluster.run("scancel", "--user=root", "--state=running")
@@ -241,18 +244,22 @@ def test_measurements_are_one_job_alone_on_its_node_one_after_another(finished, 
     assert len(jobs) == 1
     (job,) = jobs
     assert (job["OverSubscribe"], job["NumCPUs"], job["CPUs/Task"]) == ("NO", "2", "1")
-    assert (job["TimeLimit"], job["MinMemoryNode"]) == ("05:00:00", "4000M")  # five methods of an hour
     results = clustered.folder / "results"
-    files = [*results.glob("generations/*/*/*.jsonl"), *results.glob("overhead/*/*/*.json")]
-    spans = sorted((started(path), path.stat().st_mtime) for path in files)
+    weights = (results / "models/tiny/base/model.safetensors").stat().st_size
+    assert job["TimeLimit"] == "05:00:00"  # five methods of an hour
+    assert job["MinMemoryNode"] == f"{4000 + 3 * weights // 10**6}M"  # and the memory of one
+    costs = [path for path in clustered.folder.glob("logs/*/tiny/**/*.json") if is_measured(path)]
+    spans = sorted(
+        (path.stat().st_mtime - read_json(path)["seconds"], path.stat().st_mtime) for path in costs
+    )
     assert len(spans) == 5
     for (_, end), (start, _) in itertools.pairwise(spans):
         assert end <= start
 
 
-def started(path):
-    """When a measurement began, by its provenance."""
-    return datetime.fromisoformat(re.search(r'"started": "([^"]+)"', path.read_text())[1]).timestamp()
+def is_measured(path):
+    """Whether a job, by the record of its cost, measured something."""
+    return read_json(path)["rule"].startswith(("generate_", "measure_"))
 
 
 def test_a_run_is_few_jobs(finished, cluster):
