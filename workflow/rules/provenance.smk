@@ -58,6 +58,7 @@ OUTPUTS = [
 FRONTIER_OUTPUTS = [
     *SHARED,
     *expand(rules.train_policy.output, model=MODELS, dataset=DATASETS, policy=TRAINED),
+    *expand(rules.calibrate.output, model=MODELS, dataset=DATASETS, exit_rule=RULES),
     *expand(rules.choose_thresholds.output, model=MODELS, dataset=DATASETS),
     *expand(rules.generate_frontier.output, model=MODELS, dataset=DATASETS),
     *expand(rules.evaluate_frontier.output, model=MODELS, dataset=DATASETS),
