@@ -1,17 +1,19 @@
 """From what is asked of a rule to its threshold, with a guarantee.
 
-Two things can be asked: a share of the full model's layers to be saved, or a share of its tokens to be kept
-(agreement). The threshold is chosen on validation files so that, with the stated confidence, the expected
-value over new files of the same kind is at least what was asked (Learn then Test, Angelopoulos et al. 2021):
-each candidate is tested by a p-value that holds for any distribution of files, in a fixed order, and the
-last one before the first failure is taken. If already the first fails, the data cannot promise it.
+Three things can be asked: a share of the full model's layers to be saved, a share of its tokens to be kept
+(agreement), or a share of its ROUGE-L. The threshold is chosen on validation files so that, with the stated
+confidence, the expected value over new files of the same kind is at least what was asked (Learn then Test,
+Angelopoulos et al. 2021): each candidate is tested by a p-value that holds for any distribution of files, in
+a fixed order, and the last one before the first failure is taken. If already the first fails, the data cannot
+promise it.
 
 The p-value is the wealth of a gambler who bets file by file that the value is above what was asked
 (Waudby-Smith and Ramdas 2024). Unlike the bounds of Hoeffding and Bentkus it profits from files that are
 alike, as these are: from 58 to 77 files it promises 2 to 10 points more.
 
-What is promised is about the files' own distribution and the full model's own text, from which recorded
-episodes are taken. Layers are counted, not joules.
+What is promised is about the files' own distribution. Layers and agreement are those along the full model's
+text, as episodes are recorded; ROUGE-L is of what the rule writes by itself (`greencode.rollouts`). Layers
+are counted, not joules.
 """
 
 from __future__ import annotations
@@ -22,91 +24,17 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from greencode.episodes import Episodes
 from greencode.errors import UserError
-from greencode.files import read_json, write_json
 from greencode.policies import ExitPolicy
-from greencode.results import Provenance
+from greencode.promises import WANTED, Promise
 from greencode.rules import KINDS, TRAINED, Rule, replay
 
-WANTED = ("saving", "agreement")
 BOLDEST = 0.9  # share of the wealth that one bet may lose
-
-
-@dataclass(frozen=True)
-class Promise:
-    """The answer to one target.
-
-    Attributes:
-        wanted: `saving` or `agreement`.
-        target: what was asked, in 0..1.
-        confidence: of the promise.
-        threshold: T, or None if it cannot be promised.
-        saving, agreement: means over the calibration files at this threshold; None without one.
-        files: independent files that the promise rests on.
-        reason: why there is no threshold, or None.
-    """
-
-    wanted: str
-    target: float
-    confidence: float
-    threshold: float | None
-    saving: float | None
-    agreement: float | None
-    files: int
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a rule promises, as one file.
-
-    Attributes:
-        rule: its name in the study.
-        fingerprint: of the model.
-        policy: SHA-256 of the rule's network; None for a rule without one.
-        temperature: of the network's softmax; thresholds hold for no other.
-        promises: one for each target.
-    """
-
-    rule: str
-    fingerprint: str
-    policy: str | None
-    temperature: float
-    promises: tuple[Promise, ...]
-
-    @property
-    def given(self) -> list[Promise]:
-        """The promises that have a threshold."""
-        return [one for one in self.promises if one.threshold is not None]
-
-    def find(self, wanted: str, target: float) -> Promise | None:
-        """The mildest promise that is at least what is asked; None if there is none."""
-        strong = [one for one in self.given if one.wanted == wanted and one.target >= target - 1e-9]
-        return min(strong, key=lambda one: one.target, default=None)
-
-    def most(self, wanted: str) -> float | None:
-        """The strongest promise of a kind; None if there is none."""
-        return max((one.target for one in self.given if one.wanted == wanted), default=None)
-
-    def save(self, path: str | Path, provenance: Provenance) -> None:
-        """Write as JSON."""
-        write_json(path, asdict(self) | {"provenance": asdict(provenance)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Calibration:
-        """Read what `save` wrote; a broken file is a `UserError`."""
-        record = read_json(path)
-        try:
-            record.pop("provenance")
-            promises = tuple(Promise(**one) for one in record.pop("promises"))
-            return cls(**record, promises=promises)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a calibration ({error}); run `calibrate` again.") from None
 
 
 def p_value(values: np.ndarray, level: float, alpha: float) -> float:
@@ -137,19 +65,40 @@ def candidates(rule: Rule, training: Episodes, count: int = 60) -> np.ndarray:
     return np.unique(np.concatenate([[0.0], scores.astype(np.float64).clip(0, 1), [1.0]]))
 
 
+class Texts(Protocol):
+    """ROUGE-L of a rule's own text on the calibration episodes; see `greencode.rollouts.Rollouts`."""
+
+    full: np.ndarray
+    """Of the full model's text, float64 [episodes]."""
+
+    def rouge(self, threshold: float) -> np.ndarray:
+        """Of the rule's at a threshold, float64 [episodes]."""
+        ...
+
+
+class _Files:
+    """Means over the episodes of each file, files being the independent units; in random order, always the
+    same."""
+
+    def __init__(self, episodes: Episodes) -> None:
+        names, files = np.unique(episodes.files, return_inverse=True)
+        self._files = np.random.default_rng(0).permutation(len(names))[files]
+        self.count = len(names)
+
+    def mean(self, values: np.ndarray) -> np.ndarray:
+        """Of values [episodes], [files]."""
+        return np.bincount(self._files, values) / np.bincount(self._files)
+
+
 def outcomes(rule: Rule, episodes: Episodes, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of layers run and share of tokens kept, float64 [files, thresholds] each: files are the
-    independent units, and one may have several episodes. They come in random order, always the same."""
-    scores = rule.scores(episodes)
-    names, files = np.unique(episodes.files, return_inverse=True)
-    files = np.random.default_rng(0).permutation(len(names))[files]
-    counts = np.bincount(files)
+    """Share of layers run and share of tokens kept, float64 [files, thresholds] each."""
+    scores, files = rule.scores(episodes), _Files(episodes)
     full = episodes.exit_points[-1]
     depth, kept = [], []
     for threshold in thresholds:
         depths, agreement = replay(episodes, scores, threshold)
-        depth.append(np.bincount(files, depths.mean(axis=1) / full) / counts)
-        kept.append(np.bincount(files, agreement.mean(axis=1)) / counts)
+        depth.append(files.mean(depths.mean(axis=1) / full))
+        kept.append(files.mean(agreement.mean(axis=1)))
     return np.stack(depth, axis=1), np.stack(kept, axis=1)
 
 
@@ -159,12 +108,15 @@ def calibrate(
     validation: Episodes,
     targets: Sequence[tuple[str, float]],
     confidence: float = 0.9,
+    texts: Texts | None = None,
 ) -> list[Promise]:
-    """A threshold for each target (`saving` or `agreement`, value in 0..1), each promised on its own.
+    """A threshold for each target (one of `WANTED`, value in 0..1), each promised on its own.
 
     Args:
         training: fixes the candidates; must share no file with `validation`.
         validation: the calibration data.
+        texts: of the rule on `validation`, where ROUGE-L is asked for. Each candidate costs a completion of
+            every episode there, so one in five is tried, and none after the first failure.
 
     Raises:
         UserError: an unknown target, a value outside 0..1, or no episodes.
@@ -173,46 +125,69 @@ def calibrate(
         raise UserError(f"Confidence {confidence} is not between 0 and 1; choose one, e.g. 0.9.")
     if not len(validation):
         raise UserError("There are no validation episodes to calibrate on; record more.")
+    for wanted, target in targets:
+        if wanted not in WANTED:
+            raise UserError(f"Target {wanted!r} is unknown; ask for one of {', '.join(WANTED)}.")
+        if not 0 < target < 1:
+            raise UserError(f"Target {wanted} {target} is not between 0 and 1; ask for a share, e.g. 0.4.")
     thresholds = candidates(rule, training)
-    depth, kept = outcomes(rule, validation, thresholds)
-    return [_choose(wanted, target, confidence, thresholds, depth, kept) for wanted, target in targets]
+    data = _Data(thresholds, *outcomes(rule, validation, thresholds), _Files(validation), texts)
+    return [_choose(wanted, target, confidence, data) for wanted, target in targets]
 
 
-def _choose(
-    wanted: str, target: float, confidence: float, thresholds: np.ndarray, depth: np.ndarray, kept: np.ndarray
-) -> Promise:
-    if wanted not in WANTED:
-        raise UserError(f"Target {wanted!r} is unknown; ask for one of {', '.join(WANTED)}.")
-    if not 0 < target < 1:
-        raise UserError(f"Target {wanted} {target} is not between 0 and 1; ask for a share, e.g. 0.4.")
-    files = len(depth)
-    # Values in 0..1, in the order of testing: from what surely meets the target towards what is wanted.
-    if wanted == "agreement":
-        values, order = kept, np.arange(len(thresholds))[::-1]
-    else:
-        values, order = 1 - depth, np.arange(len(thresholds))
-    alpha = 1 - confidence
-    chosen = None
-    for place in order:
-        if p_value(values[:, place], target, alpha) > alpha:
+@dataclass(frozen=True)
+class _Data:
+    """Outcomes of every candidate on the calibration files."""
+
+    thresholds: np.ndarray
+    depth: np.ndarray
+    kept: np.ndarray
+    files: _Files
+    texts: Texts | None
+
+    def order(self, wanted: str) -> range:
+        """Candidates from what surely meets a target towards what is hoped for."""
+        rising = range(len(self.thresholds))
+        return {"saving": rising, "agreement": rising[::-1], "rougeL": rising[::-5]}[wanted]
+
+    def values(self, wanted: str, target: float, place: int) -> tuple[np.ndarray, float]:
+        """Values in 0..1 of each file at a candidate, and the level that their expectation shall reach."""
+        if wanted == "saving":
+            return 1 - self.depth[:, place], target
+        if wanted == "agreement":
+            return self.kept[:, place], target
+        if self.texts is None:
+            raise UserError("ROUGE-L is promised from texts; give the model and the validation files too.")
+        # Above 0 where the rule's ROUGE-L is more than the target's share of the full model's; into 0..1.
+        above = self.texts.rouge(float(self.thresholds[place])) - target * self.texts.full
+        return self.files.mean((above + target) / (1 + target)), target / (1 + target)
+
+
+def _choose(wanted: str, target: float, confidence: float, data: _Data) -> Promise:
+    alpha, count, chosen = 1 - confidence, data.files.count, None
+    for place in data.order(wanted):
+        if p_value(*data.values(wanted, target, place), alpha) > alpha:
             break
         chosen = place
     if chosen is None:
-        best = float(values[:, order[0]].mean())
+        values, level = data.values(wanted, target, data.order(wanted)[0])
+        first = "boldest" if wanted == "saving" else "most careful"
         reason = (
-            f"a {wanted} of {target:.0%} cannot be promised with {confidence:.0%} confidence: the "
-            f"{'most careful' if wanted == 'agreement' else 'boldest'} threshold gives {best:.1%} "
-            f"on {files} files"
+            f"{WANTED[wanted]} of {target:.0%} cannot be promised with {confidence:.0%} confidence: "
+            f"on {count} files the {first} threshold is {values.mean() - level:+.1%} from it"
         )
-        return Promise(wanted, target, confidence, None, None, None, files, reason)
+        return Promise(wanted, target, confidence, None, None, None, count, reason)
+    threshold = float(data.thresholds[chosen])
+    rouge = data.texts and wanted == "rougeL" and data.texts.rouge(threshold).mean() / data.texts.full.mean()
     return Promise(
         wanted,
         target,
         confidence,
-        float(thresholds[chosen]),
-        float(1 - depth[:, chosen].mean()),
-        float(kept[:, chosen].mean()),
-        files,
+        threshold,
+        float(1 - data.depth[:, chosen].mean()),
+        float(data.kept[:, chosen].mean()),
+        count,
+        rougeL=float(rouge) if rouge else None,
     )
 
 
@@ -224,28 +199,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("trajectories", help="folder with train.safetensors and validation.safetensors")
     parser.add_argument("--policy", help="policy.safetensors of an agent or another trained rule")
     parser.add_argument("--rule", choices=[kind for kind in KINDS if kind not in TRAINED])
-    for wanted, meaning in (("saving", "share of layers to save"), ("agreement", "share of tokens to keep")):
+    for wanted, meaning in (
+        ("saving", "share of layers to save"),
+        ("agreement", "share of tokens to keep"),
+        ("rougeL", "share of ROUGE-L to keep; needs --policy, --weights and --files"),
+    ):
         parser.add_argument(f"--{wanted}", type=float, metavar="SHARE", help=meaning)
     parser.add_argument("--confidence", type=float, default=0.9)
     parser.add_argument("--temperature", type=float, default=1.0, help="of a trained rule's softmax")
+    parser.add_argument("--weights", help="folder of the episodes' model")
+    parser.add_argument("--files", help="validation.jsonl.gz that the episodes were recorded from")
     given = parser.parse_args(arguments)
-    targets = [(wanted, getattr(given, wanted)) for wanted in WANTED if getattr(given, wanted) is not None]
     try:
-        if (given.policy is None) == (given.rule is None):
-            raise UserError("Name either --policy, a trained rule's file, or --rule.")
-        if not targets:
-            raise UserError("Ask for --saving or --agreement, e.g. --saving 0.4.")
-        training, validation = (
-            Episodes.load(f"{given.trajectories}/{split}.safetensors") for split in ("train", "validation")
-        )
-        if given.policy:
-            network = ExitPolicy.load(
-                given.policy, validation.fingerprint, validation.exit_points, validation.observation
-            )
-            rule = Rule("policy", "agent", network, temperature=given.temperature)
-        else:
-            rule = Rule(given.rule, given.rule)
-        found = calibrate(rule, training, validation, targets, given.confidence)
+        found = _asked(given)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
@@ -254,6 +220,32 @@ def main(arguments: list[str] | None = None) -> int:
         if one.reason:
             print(f"{one.reason[0].upper()}{one.reason[1:]}.", file=sys.stderr)
     return int(any(one.threshold is None for one in found))
+
+
+def _asked(given: argparse.Namespace) -> list[Promise]:
+    """The promises that a command line asks for."""
+    targets = [(wanted, getattr(given, wanted)) for wanted in WANTED if getattr(given, wanted) is not None]
+    if (given.policy is None) == (given.rule is None):
+        raise UserError("Name either --policy, a trained rule's file, or --rule.")
+    if not targets:
+        raise UserError("Ask for --saving, --agreement or --rougeL, e.g. --saving 0.4.")
+    if given.rougeL is not None and None in (given.policy, given.weights, given.files):
+        raise UserError(
+            "--rougeL needs --policy, --weights and --files: the rule's own text is written anew."
+        )
+    training, validation = (
+        Episodes.load(f"{given.trajectories}/{split}.safetensors") for split in ("train", "validation")
+    )
+    if given.rule:
+        return calibrate(Rule(given.rule, given.rule), training, validation, targets, given.confidence)
+    of = (validation.fingerprint, validation.exit_points, validation.observation)
+    rule = Rule("policy", "agent", ExitPolicy.load(given.policy, *of), temperature=given.temperature)
+    texts = None
+    if given.rougeL is not None:
+        from greencode.rollouts import Rollouts
+
+        texts = Rollouts.of_split(rule, validation, given.weights, given.files)
+    return calibrate(rule, training, validation, targets, given.confidence, texts)
 
 
 if __name__ == "__main__":

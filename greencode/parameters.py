@@ -9,13 +9,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-if TYPE_CHECKING:
-    from greencode.calibrate import Calibration
+from greencode.promises import WANTED, Calibration
 
 ExitPolicyName = Literal["rl", "fixed", "none"]
 
@@ -100,7 +99,7 @@ def refused(loc: str, message: str) -> ServiceError:
 
 
 class ExitTarget(BaseModel):
-    """What leaving early shall save or keep: one of the two."""
+    """What leaving early shall save or keep: one of these."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -108,11 +107,14 @@ class ExitTarget(BaseModel):
     agreement: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
         None, description="Share of the full model's tokens."
     )
+    rougeL: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        None, description="Share of the full model's ROUGE-L."
+    )
 
     @model_validator(mode="after")
     def _is_one(self) -> ExitTarget:
-        if (self.saving is None) == (self.agreement is None):
-            raise PydanticCustomError("value_error", "ask for either saving or agreement")
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise PydanticCustomError("value_error", "ask for one of saving, agreement and rougeL")
         return self
 
     @classmethod
@@ -124,7 +126,8 @@ class ExitTarget(BaseModel):
     @property
     def asked(self) -> tuple[str, float]:
         """What is wanted, and its share."""
-        return ("agreement", self.agreement) if self.saving is None else ("saving", self.saving)
+        [asked] = self.model_dump(exclude_none=True).items()
+        return asked
 
     def promised(self, calibration: Calibration | None) -> float:
         """The threshold that promises it.
@@ -139,8 +142,7 @@ class ExitTarget(BaseModel):
         if promise is None:
             most = calibration.most(wanted)
             limit = "none of any size is" if most is None else f"at most {most:g} is"
-            article = "an" if wanted == "agreement" else "a"
-            raise LookupError(f"{article} {wanted} of {share:g} is not promised by the agent; {limit}")
+            raise LookupError(f"{WANTED[wanted]} of {share:g} is not promised by the agent; {limit}")
         return promise.threshold
 
 

@@ -29,13 +29,13 @@ from pydantic_settings import (
 )
 
 from greencode import config, models
-from greencode.calibrate import Calibration
 from greencode.errors import UserError
 from greencode.exits import check_exit_points, exit_points
 from greencode.files import read_json, sha256
 from greencode.hub import offline
 from greencode.memory import keep_freed
 from greencode.parameters import ExitPolicyName, ExitTarget
+from greencode.promises import Calibration
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -61,7 +61,7 @@ PAPER_PPO = {
 """The two settings that Table III reads as."""
 
 _FIXED = re.compile(r"fixed-(\d+)")
-_THRESHOLD = re.compile(r"(.+)-(T|[a-z]+)(\d+(?:\.\d+)?(?:e-?\d+)?)")
+_THRESHOLD = re.compile(r"(.+)-(T|saving|agreement|rougeL)(\d+(?:\.\d+)?(?:e-?\d+)?)")
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from small_study import CONFIG
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from greencode.calibrate import Calibration
 from greencode.corpus import read_split
 from greencode.episodes import Episodes
 from greencode.policies import ExitPolicy
+from greencode.promises import Calibration
 from greencode.results import Evaluation, Generation, read_generations
 
 METHODS = ["base", "full", "fixed-4", "agent-T0.5", "agent-agreement0.25"]

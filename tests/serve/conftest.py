@@ -13,9 +13,9 @@ import uvicorn
 
 from greencode import models, serve
 from greencode.api import create_app
-from greencode.calibrate import Calibration, Promise
 from greencode.files import sha256
 from greencode.policies import ExitPolicy
+from greencode.promises import Calibration, Promise
 from greencode.results import Provenance
 from greencode.telemetry import Telemetry
 from greencode.worker import Worker

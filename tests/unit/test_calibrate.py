@@ -9,9 +9,10 @@ import pytest
 from test_rules import HIDDEN, heads, make
 
 from greencode.__main__ import main as commands
-from greencode.calibrate import Calibration, calibrate, candidates, main, outcomes, p_value
+from greencode.calibrate import calibrate, candidates, main, outcomes, p_value
 from greencode.errors import UserError
 from greencode.policies import ExitPolicy
+from greencode.promises import Calibration
 from greencode.results import Provenance
 from greencode.rules import Rule
 from greencode.stopping import Settings, train
@@ -155,7 +156,8 @@ def test_command(tmp_path, capsys, rule):
     for arguments, fault in (
         ([], "Name either --policy"),
         ([*policy, "--rule", "margin"], "Name either --policy"),
-        (["--rule", "margin"], "Ask for --saving or --agreement"),
+        (["--rule", "margin"], "Ask for --saving, --agreement or --rougeL"),
+        ([*policy, "--rougeL", "0.9"], "--rougeL needs --policy, --weights and --files"),
     ):
         assert main([str(tmp_path), *arguments]) == 1
         assert fault in capsys.readouterr().err

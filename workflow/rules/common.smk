@@ -297,25 +297,34 @@ CALIBRATIONS = [
 ]
 
 
-def network_of(wildcards):
-    """The file of a trained rule's network; none for other rules."""
-    name = wildcards.exit_rule
-    if name not in AGENTS and name not in TRAINED:
-        return {}
-    folder = "agents" if name in AGENTS else "policies"
-    return {
-        "policy": f"results/{folder}/{wildcards.model}/{wildcards.dataset}/{name}/policy.safetensors"
-    }
-
-
 def calibration_block(wildcards):
-    """All that a rule's promises depend on; what the methods need is promised too."""
-    block = STUDY["calibration"]
+    """All that a rule's promises depend on; what the methods need is promised too. ROUGE-L is of agents only."""
+    block, rule = STUDY["calibration"], wildcards.exit_rule
     wanted = {
         name: sorted({*block[name], *targets})
         for name, targets in STUDY["targets"].items()
     }
-    return {**RULES_BLOCK, **block, **wanted, "kind": RULES[wildcards.exit_rule]}
+    wanted["rougeL"] = wanted["rougeL"] if rule in AGENTS else []
+    about = {"kind": RULES[rule], "device": STUDY["device"]}
+    return {**RULES_BLOCK, **block, **wanted, **about}
+
+
+def calibration_files(wildcards):
+    """A trained rule's network, and what it takes to write text where ROUGE-L is to be promised."""
+    name, pair = wildcards.exit_rule, f"{wildcards.model}/{wildcards.dataset}"
+    files = {}
+    if name in AGENTS or name in TRAINED:
+        folder = "agents" if name in AGENTS else "policies"
+        files["policy"] = f"results/{folder}/{pair}/{name}/policy.safetensors"
+    if calibration_block(wildcards)["rougeL"]:
+        files["weights"] = f"results/models/{pair}/model.safetensors"
+        files["texts"] = f"results/data/{wildcards.dataset}/validation.jsonl.gz"
+    return files
+
+
+def calibration_gpus(wildcards):
+    """Only text needs the model."""
+    return gpus(wildcards) if calibration_block(wildcards)["rougeL"] else 0
 
 
 def evaluations_of(models, datasets, methods=methods_of):

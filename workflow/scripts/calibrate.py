@@ -1,12 +1,14 @@
 """What an exit rule promises, from validation files."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from greencode import job
-from greencode.calibrate import WANTED, Calibration, calibrate
+from greencode.calibrate import calibrate
 from greencode.episodes import Episodes
 from greencode.files import sha256
 from greencode.policies import ExitPolicy
+from greencode.promises import WANTED, Calibration
 from greencode.results import Provenance
 from greencode.rules import Rule
 
@@ -18,8 +20,17 @@ def main(smk):
     if path:
         of = (validation.fingerprint, validation.exit_points, validation.observation)
         rule = replace(rule, network=ExitPolicy.load(path, *of))
+    texts = None
+    if block["rougeL"]:
+        import torch
+
+        from greencode.rollouts import Rollouts
+
+        torch.set_num_threads(smk.threads)
+        weights = Path(smk.input.weights).parent
+        texts = Rollouts.of_split(rule, validation, weights, smk.input.texts, block["device"])
     targets = [(wanted, target) for wanted in WANTED for target in block[wanted]]
-    promises = calibrate(rule, training, validation, targets, block["confidence"])
+    promises = calibrate(rule, training, validation, targets, block["confidence"], texts)
     Calibration(
         rule.name,
         validation.fingerprint,

@@ -4,10 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from greencode import frontier, job
-from greencode.calibrate import Calibration
 from greencode.episodes import Episodes
 from greencode.files import read_json, write_json
 from greencode.policies import ExitPolicy
+from greencode.promises import Calibration
 from greencode.results import Provenance, read_generations
 from greencode.rules import load_rules
 

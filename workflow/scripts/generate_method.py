@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from greencode import generate, job
-from greencode.calibrate import Calibration
 from greencode.energy import Meter
 from greencode.engine import OBSERVATION
 from greencode.models import fingerprint, pick_device
 from greencode.policies import AgentExit, ExitPolicy, FixedExit
+from greencode.promises import Calibration
 
 
 def policy_of(smk, engine, directory, device):
