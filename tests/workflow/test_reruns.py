@@ -249,7 +249,8 @@ def test_another_seed_measures_no_frontier_anew(study, config):
     study.configure(config)
     anew = {name for name, _, anew in study.summary("frontier") if anew}
     shown = [name for name in anew if name.startswith(("results/figures", "results/tables"))]
-    assert anew - set(shown) == of_seed(7) | {f"results/frontier/{pair}/frontier.json" for pair in PAIRS}
+    frontier = {f"results/frontier/{pair}/frontier.json" for pair in PAIRS}
+    assert anew - set(shown) == of_seed(7) | frontier | {"results/frontier_manifest.json"}
     assert "results/tables/frontier_seeds.csv" in shown
 
 
