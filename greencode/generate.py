@@ -148,7 +148,8 @@ def run_side_by_side(
 
 
 def _warm_up(engine, samples, decodings: Sequence[Decoding], settings: dict[str, Any], meter: Meter) -> None:
-    for decoding in decodings:
+    # Caches and memory are those of a KV mode, whatever decides on leaving.
+    for decoding in {decoding.kv: decoding for decoding in decodings}.values():
         for number, sample in enumerate(samples[: settings["warmup"]]):
             _complete(engine, sample, decoding, number, settings["new_tokens"])
     meter.measure_idle(settings["idle_seconds"])
