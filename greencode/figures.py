@@ -1040,7 +1040,10 @@ def _series(method: Method, look: _Look) -> str:
     names = {"base": "base", "full": "full depth", "fixed": "fixed exits"}
     if method.kind in names:
         return names[method.kind]
-    return "GC (light to dark: rising T)" if len(look.agents) == 1 else method.agent or ""
+    name = "GC" if len(look.agents) == 1 else method.agent or ""
+    if method.wanted is not None:
+        return f"{name} at a promise"
+    return "GC (light to dark: rising T)" if len(look.agents) == 1 else name
 
 
 def _agent_look(method: Method, among: Sequence[Method], look: _Look) -> _MethodLook:
@@ -1048,7 +1051,8 @@ def _agent_look(method: Method, among: Sequence[Method], look: _Look) -> _Method
     name = "GC" if len(look.agents) == 1 else method.agent
     colour = look.agent_colour(method.agent or "")
     if method.wanted is not None:
-        return _MethodLook(colour, "oo", "d", f"{name}({method.wanted} ≥ {method.target:.3g})")
+        hatch = {"saving": "++", "agreement": "oo"}.get(method.wanted, "**")
+        return _MethodLook(colour, hatch, "d", f"{name}({method.wanted} ≥ {method.target:.3g})")
     thresholds = sorted(
         other.threshold or 0 for other in among if other.agent == method.agent and other.wanted is None
     )

@@ -590,12 +590,15 @@ def _sentences(record: Mapping[str, Any]) -> Iterable[str]:
         f"{len(record['tests'])} tests; shares of the layers in brackets; those with the random rule left "
         f"out): {'; '.join(told) if told else 'none'}."
     )
-    kept = [row for row in record["calibration"] if row["threshold"] is not None]
-    held = sum(row["obtained_value"] >= row["target"] for row in kept)
+    given = [row for row in record["calibration"] if row["threshold"] is not None]
+    shown = [row for row in given if "obtained_value" in row]
+    held = sum(row["obtained_value"] >= row["target"] for row in shown)
+    near = sum(row["obtained_value"] < row["target"] <= row["obtained_high"] for row in shown)
+    files = record["calibration"][0]["files"] if record["calibration"] else 0
     yield (
-        f"Of {len(record['calibration'])} promises asked for, {len(kept)} could be given on "
-        f"{record['calibration'][0]['files'] if record['calibration'] else 0} validation files; "
-        f"{held} of these held on the test split."
+        f"Of {len(record['calibration'])} promises asked for, {len(given)} could be given on {files} "
+        f"validation files; {held} of {len(shown)} held on the test split, and {near} fell short by less "
+        "than their interval."
     )
     yield from _seed_sentences(record)
 

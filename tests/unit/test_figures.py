@@ -255,6 +255,7 @@ def test_promises_are_told_from_thresholds(tmp_path) -> None:
     figure = figures.pair_figures([*known, replace(kept, threshold=0.4321)], CSV, tmp_path / "f")
     shown = texts(figure)
     assert "GC(saving ≥ 0.3)" in shown
+    assert "GC at a promise" in shown
     assert "GC(T=0.5)" in shown
     found = read(tmp_path / "f")
     assert "agent-saving0.3" in set(found["method"])
