@@ -178,7 +178,9 @@ def _choose(wanted: str, target: float, confidence: float, data: _Data) -> Promi
         )
         return Promise(wanted, target, confidence, None, None, None, count, reason)
     threshold = float(data.thresholds[chosen])
-    rouge = data.texts and wanted == "rougeL" and data.texts.rouge(threshold).mean() / data.texts.full.mean()
+    rouge = None
+    if wanted == "rougeL":
+        rouge = float(data.texts.rouge(threshold).mean() / data.texts.full.mean())
     return Promise(
         wanted,
         target,
@@ -187,7 +189,7 @@ def _choose(wanted: str, target: float, confidence: float, data: _Data) -> Promi
         float(1 - data.depth[:, chosen].mean()),
         float(data.kept[:, chosen].mean()),
         count,
-        rougeL=float(rouge) if rouge else None,
+        rougeL=rouge,
     )
 
 

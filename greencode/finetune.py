@@ -307,7 +307,12 @@ def finetune(
             "steps": trainer.state.global_step,
         }
         write_json(out / "loss_curve.json", record | _curve(trainer.state.log_history))
-    trainer.accelerator.end_training()
+    accelerator = trainer.accelerator
+    # The wrapped model must not be the last to hold the group of processes: then its end waits, with the
+    # interpreter's lock, for threads that may wait for the lock.
+    del trainer, model
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def _curve(history: list[dict[str, float]]) -> dict[str, Any]:

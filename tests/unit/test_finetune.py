@@ -1,14 +1,16 @@
 """Multi-exit fine-tuning: the loss by hand, the Trainer around it, interruption and repetition."""
 
+import gc
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, TrainingArguments
 
 from greencode import config, models
@@ -337,6 +339,12 @@ def in_each_process(arguments, stop):
             raise UserError("stopped")
         return step(self, *args, **kwargs)
 
+    def ending(self):
+        wrapped = [one for one in gc.get_objects() if isinstance(one, DistributedDataParallel)]
+        assert not wrapped, "one process may hang at its end"
+        ended(self)
+
+    ended, Accelerator.end_training = Accelerator.end_training, ending
     AcceleratorState.__init__, MultiExitTrainer.training_step = on_cpus, stopping
     finetune(**arguments)
 
