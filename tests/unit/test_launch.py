@@ -24,7 +24,8 @@ def importable(monkeypatch):
 
 def fail(folder, only):
     """Rank `only` fails as a user may mend; the others wait for it, as in a collective operation."""
-    print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}", flush=True)
+    # Text and line end in one, or those of the other process come between.
+    sys.stdout.write(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\n")
     os.write(1, f"native {os.environ['RANK']}\n".encode())
     Path(folder, os.environ["RANK"]).write_text("up")
     while not all(Path(folder, rank).exists() for rank in "01"):
