@@ -20,7 +20,7 @@ from small_study import CONFIG, Named, prepare, run_script, source_files, starte
 
 from greencode import config
 from greencode.files import read_json, write_text
-from greencode.lexing import encode_tokens, plain_tokens
+from greencode.lexing import EOL, encode_tokens, plain_tokens
 from greencode.results import Generation
 
 UNTIMED_FIGURES = ("fig03", "fig04", "fig06", "fig07")
@@ -158,6 +158,8 @@ def prepare_with_pretraining(study):
     shutil.rmtree(study.folder / "model")
     for language in ("java", "python"):
         codes = [encode_tokens(plain_tokens(text, "python"), "python", "raw") for text in source_files()]
+        if language == "java":  # which has no line ends
+            codes = [[token for token in code if token != EOL] for code in codes]
         for split, part in (("train", codes[:50]), ("validation", codes[50:])):
             rows = [json.dumps({"id": i, "path": str(i), "code": code}) + "\n" for i, code in enumerate(part)]
             write_text(study.folder / f"corpus/{language}/{split}.jsonl.xz", "".join(rows))
