@@ -136,8 +136,8 @@ def test_a_killed_training_of_the_agent_goes_on_to_the_same_policy(study, jobs, 
 # --- A whole study killed at random --------------------------------------------------------------------
 
 RULES = {
+    "data": "prepare_corpus",  # first: it is done beside the other's first steps
     "pretrain": "pretrain_model",
-    "data": "prepare_corpus",
     "finetune": "finetune_model",
     "trajectories": "record_trajectories",
     "agent": "train_agent",
@@ -213,8 +213,10 @@ def test_a_study_killed_at_random_is_completed_by_the_same_command(new_study, se
         costs = [read_json(path) for path in whole.folder.glob(f"logs/{rule}/**/*.json")]
         killed_in(killed, stage, min(cost["seconds"] for cost in costs), draw)
     # A second run beside the one that completes the study is refused and does no harm.
+    began = time.time()
     with started(killed) as run:
-        while not any(killed.folder.glob(".snakemake/locks/*.lock")):
+        # The killed runs' locks may still be there.
+        while not any(lock.stat().st_mtime > began for lock in killed.folder.glob(".snakemake/locks/*.lock")):
             time.sleep(0.01)
         beside = killed.snakemake("figures")
         assert (beside.returncode, run.wait()) == (1, 0), (killed.folder / "started.txt").read_text()
