@@ -26,6 +26,8 @@ from greencode.results import Generation
 UNTIMED_FIGURES = ("fig03", "fig04", "fig06", "fig07")
 TIMED = {"seconds", "steps_per_second", "tokens_per_second", "joules", "energy_note", "resumed", "provenance"}
 
+TIMED_FILES = ("README.md", "training.json")
+
 
 def comparable(folder):
     """The results of a study by file, without what another run takes another time for."""
@@ -37,7 +39,11 @@ def comparable(folder):
             found[name] = record["quality"], record["depth_counts"]
         elif stage == "generations":
             found[name] = [(one.id, one.tokens, one.depths) for one in Generation.read(path).completions]
-        elif path.name in ("learning.json", "training.json"):
+        elif path.name == "info.json":  # with the hashes of the card and the record below
+            record = read_json(path)
+            files = {one: sha for one, sha in record["files"].items() if one not in TIMED_FILES}
+            found[name] = record | {"files": files}
+        elif path.name in ("learning.json", "training.json") or stage == "calibration":
             found[name] = {key: value for key, value in read_json(path).items() if key not in TIMED}
         elif stage == "figures":
             if path.suffix == ".csv" and name.startswith(tuple(f"figures/{one}" for one in UNTIMED_FIGURES)):
