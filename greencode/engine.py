@@ -1,7 +1,7 @@
 """Early-exit decoding, layer by layer, with a KV cache that stays exact.
 
 A token may leave at an exit point, so later tokens find layers whose keys and values for it are missing.
-Four ways to deal with that (`kv`):
+Five ways to deal with that (`kv`):
 
 - `deferred` (default): a token that leaves at depth d waits there as a hidden state. The next token that
   passes d takes the waiting ones along through the next segment, in one pass. The context is no exception:
@@ -12,8 +12,13 @@ Four ways to deal with that (`kv`):
 - `propagate`: the exit's hidden state fills the skipped layers' keys and values (CALM, Schuster et al.
   2022). Approximate; the context runs through all layers first.
 - `full`: no exits; every layer runs for every token.
+- `verified`: the text of `full`, with any policy. A token that leaves is a draft. It waits as in `deferred`,
+  until one that goes all the way takes it along; then the final layer's answer stands in its place, and from
+  the first draft that was wrong on the text is made anew (self-speculative decoding: Zhang et al. 2023,
+  "Draft & Verify"; LayerSkip, Elhoushi et al. 2024). It saves no layer, but passes of one position each.
 
-In every mode the LM head runs once per token, for one position, and layers above the exit do not run.
+In the others the LM head runs once per token, for one position, and layers above the exit do not run, unless
+the context or a waiting token passes them.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from greencode.signals import signals
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-KV_MODES = ("deferred", "none", "propagate", "full")
+KV_MODES = ("deferred", "none", "propagate", "full", "verified")
 
 
 @dataclass
@@ -45,8 +50,11 @@ class Usage:
         layer_positions: positions summed over layer calls: deferred work and the context included.
         checks: times the policy was asked.
         head_calls: times the LM head ran, rules that read logits at an exit included.
-        host_syncs: times the host waited for a value of the device: one for each token, and one for each
-            decision of a rule that looks at the state. On a CPU nobody waits; the count is the same.
+        host_syncs: times the host waited for a value of the device: one for each token, one for each
+            decision of a rule that looks at the state, one for each draft. On a CPU nobody waits; the
+            count is the same.
+        drafts, accepted: in `verified`, tokens that left early, and those of them that the final layer
+            said too.
     """
 
     layer_calls: int = 0
@@ -54,6 +62,8 @@ class Usage:
     checks: int = 0
     head_calls: int = 0
     host_syncs: int = 0
+    drafts: int = 0
+    accepted: int = 0
 
 
 class ExitView:
@@ -87,6 +97,11 @@ class ExitView:
             self._usage.head_calls += 1
             self._logits = self._family.logits(self.observation)
         return self._logits
+
+    def last(self, count: int) -> torch.Tensor:
+        """Logits [count, V] of the last positions, those that waited for this one included."""
+        self._usage.head_calls += 1
+        return self._family.logits(self._family.observe(self._hidden[0, -count:]))
 
     def to_host(self, value: torch.Tensor) -> np.ndarray:
         """A tensor as a float32 array of its shape. Waits for the device, and is counted."""
@@ -134,6 +149,10 @@ class Sampling:
         ):
             if not ok:
                 raise UserError(f"{fault}.")
+
+
+def _argmax(logits: torch.Tensor, text: Sequence[int]) -> torch.Tensor:
+    return logits.argmax()
 
 
 class _Chooser:
@@ -191,11 +210,30 @@ class _LayerCache:
         return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
 
 
+@dataclass(frozen=True)
+class Token:
+    """One generated token and the layers run to decide it."""
+
+    id: int
+    depth: int
+
+
 class _Request:
     """State of one completion: positions, cache, waiting hidden states. Lives as long as the request."""
 
-    def __init__(self, engine: Engine, kv: str, capacity: int):
+    def __init__(
+        self,
+        engine: Engine,
+        kv: str,
+        capacity: int,
+        policy: Policy | None,
+        choose: Callable[[torch.Tensor, Sequence[int]], torch.Tensor],
+        drafts: int,
+    ):
         self.family = engine.family
+        self.policy = policy
+        self.choose = choose
+        self.drafts = drafts
         self.points = engine.exit_points if kv != "full" else (engine.family.depth,)
         self.kv = kv
         self.usage = Usage()
@@ -221,7 +259,46 @@ class _Request:
         self.usage.layer_positions += (last - first) * count
         return hidden
 
-    def advance(self, ids: torch.Tensor, policy: Policy | None) -> tuple[ExitView, int]:
+    def step(self, ids: torch.Tensor, text: Sequence[int], room: int) -> tuple[list[Token], torch.Tensor]:
+        """Take new ids [1, P] in; the next tokens, at most `room`, and the ids that the next step takes."""
+        if self.kv == "verified":
+            return self._verified(ids, text, room)
+        if self.kv == "none":
+            self.length = 0
+        view, depth = self._advance(ids, self.policy)
+        chosen = self.choose(view.logits, text)
+        # The id stays on the device for the next step; the host reads it, and sends nothing back.
+        new = chosen.view(1, 1)
+        self.usage.host_syncs += 1
+        return [Token(int(chosen), depth)], torch.cat([ids, new], dim=1) if self.kv == "none" else new
+
+    def _verified(self, ids, text, room) -> tuple[list[Token], torch.Tensor]:
+        """Drafts up to a token that goes all the way; of all of them what the final layer says, up to the
+        first draft that was wrong.
+        """
+        drafts: list[torch.Tensor] = []
+        while True:
+            # The last token goes all the way, so that no draft is left over.
+            may_leave = len(drafts) < min(self.drafts, room - 1)
+            view, depth = self._advance(ids, self.policy if may_leave else None)
+            if depth == self.family.depth:
+                break
+            ids = view.logits.argmax().view(1, 1)
+            drafts.append(ids)
+        tokens: list[Token] = []
+        for logits, draft in zip(view.last(len(drafts) + 1), [*map(int, drafts), None], strict=True):
+            chosen = self.choose(logits, [*text, *(token.id for token in tokens)])
+            tokens.append(Token(int(chosen), depth))
+            if tokens[-1].id != draft:
+                break
+        accepted = len(tokens) - 1
+        self.usage.drafts += len(drafts)
+        self.usage.accepted += accepted
+        self.usage.host_syncs += len(drafts) + len(tokens)
+        self._forget(len(drafts) - accepted)
+        return tokens, chosen.view(1, 1)
+
+    def _advance(self, ids: torch.Tensor, policy: Policy | None) -> tuple[ExitView, int]:
         """Take new ids [1, P] in; the view of the last position at its exit, and the depth."""
         start, self.length = self.length, self.length + ids.shape[1]
         hidden = self.family.embed(ids, self.positions[:, start : self.length])
@@ -240,7 +317,7 @@ class _Request:
                         answer = view, depth
                         if self.kv == "none":
                             return answer
-                        if self.kv == "deferred":
+                        if self.kv in ("deferred", "verified"):
                             self.waiting[index].append(hidden)
                             return answer
                         if not prefill:
@@ -252,6 +329,11 @@ class _Request:
                 self.waiting[index] = []
         assert answer is not None
         return answer
+
+    def _forget(self, count: int) -> None:
+        """Drop the last `count` positions; none may wait."""
+        self.length -= count
+        self.cache.lengths = [min(length, self.length) for length in self.cache.lengths]
 
     def _propagate(self, depth: int, hidden: torch.Tensor, start: int) -> None:
         rotary = _slice(self.rotary, start, hidden.shape[1])
@@ -277,14 +359,6 @@ def _causal_mask(start: int, count: int, window: int | None, device: torch.devic
     if slides:
         mask &= key > query - window
     return mask[None, None]
-
-
-@dataclass(frozen=True)
-class Token:
-    """One generated token and the layers run to decide it."""
-
-    id: int
-    depth: int
 
 
 @dataclass
@@ -371,6 +445,7 @@ class Engine:
         eos: Iterable[int] = (),
         overflow: str = "refuse",
         into: Completion | None = None,
+        drafts: int = 2,
     ) -> Iterator[Token]:
         """Generate token by token; stop iterating to cancel.
 
@@ -383,6 +458,7 @@ class Engine:
             eos: ids that end the completion (they are kept).
             overflow: `refuse` or `truncate` (drop the oldest tokens) a context beyond the model's window.
             into: filled while tokens come, so that a cancelled request still has its account.
+            drafts: in `verified`, tokens that may wait before one is made to go all the way.
         """
         if kv not in KV_MODES:
             raise UserError(f"KV mode {kv!r} is unknown; choose one of {', '.join(KV_MODES)}.")
@@ -390,39 +466,33 @@ class Engine:
         if stop and self.tokenizer is None:
             raise UserError("Stop strings need a tokenizer.")
         context = self._fit(context, new_tokens, overflow)
-        return self._stream(context, new_tokens, policy, kv, sampling, stop, eos, into or Completion())
+        into = into or Completion()
+        return self._stream(context, new_tokens, policy, kv, sampling, stop, eos, into, drafts)
 
-    def _stream(self, context, new_tokens, policy, kv, sampling, stop, eos, done) -> Iterator[Token]:
+    def _stream(self, context, new_tokens, policy, kv, sampling, stop, eos, done, drafts) -> Iterator[Token]:
         device = self.family.device
+        choose = _argmax if sampling is None else _Chooser(sampling, device)
         with torch.inference_mode():
-            request = _Request(self, kv, len(context) + new_tokens)
+            request = _Request(self, kv, len(context) + new_tokens, policy, choose, drafts)
         done.usage = request.usage
-        choose = None if sampling is None else _Chooser(sampling, device)
         ids = torch.tensor([context], device=device)
-        for _ in range(new_tokens):
-            # Inference mode is entered per token: a suspended generator must not leave it on in its caller.
+        while len(done.tokens) < new_tokens:
+            # Inference mode is entered per step: a suspended generator must not leave it on in its caller.
             with torch.inference_mode():
-                if kv == "none":
-                    request.length = 0
-                view, depth = request.advance(ids, policy if kv != "full" else None)
-                logits = view.logits
-                chosen = logits.argmax() if choose is None else choose(logits, context + done.tokens)
-                # The id stays on the device for the next step; the host reads it, and sends nothing back.
-                new = chosen.view(1, 1)
-                ids = torch.cat([ids, new], dim=1) if kv == "none" else new
-                request.usage.host_syncs += 1
-                token = int(chosen)
-            done.tokens.append(token)
-            done.depths.append(depth)
-            yield Token(token, depth)
-            if token in eos:
-                done.stopped = "eos"
-                return
-            if stop:
-                text = self.tokenizer.decode(done.tokens)
-                if any(s in text for s in stop):
-                    done.stopped = "stop"
+                room = new_tokens - len(done.tokens)
+                tokens, ids = request.step(ids, context + done.tokens, room)
+            for token in tokens:
+                done.tokens.append(token.id)
+                done.depths.append(token.depth)
+                yield token
+                if token.id in eos:
+                    done.stopped = "eos"
                     return
+                if stop:
+                    text = self.tokenizer.decode(done.tokens)
+                    if any(s in text for s in stop):
+                        done.stopped = "stop"
+                        return
 
     def complete(self, context: Sequence[int], new_tokens: int, *args, **kwargs) -> Completion:
         """`stream` to its end. With a tokenizer the text comes too, cut before the first stop string."""

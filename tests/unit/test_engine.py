@@ -1,3 +1,4 @@
+import copy
 import gc
 import itertools
 import random
@@ -186,6 +187,51 @@ def test_no_policy_never_leaves(model):
         assert engine.complete(context, 8, kv=kv).tokens == full.tokens
 
 
+def agreeing(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose upper layers change little, so that exits often say what the final layer says."""
+    copied = copy.deepcopy(model)
+    for layer in copied.get_decoder().layers[POINTS[0] :]:
+        for name, weight in layer.named_parameters():
+            if name.startswith(("self_attn.o_proj", "self_attn.out_proj", "mlp.down_proj", "fc2")):
+                weight.mul_(0.03)
+    return copied
+
+
+@FEW
+@given(context=CONTEXTS, depths=DEPTHS, new_tokens=st.integers(1, 9), drafts=st.integers(1, 4))
+def test_verified_is_generate(model, context, depths, new_tokens, drafts):
+    for one in (model, agreeing(model)):
+        policy = Script(depths * 40)  # what is dropped is asked anew
+        with counted(one) as counts:
+            done = Engine(one, POINTS).complete(context, new_tokens, policy, "verified", drafts=drafts)
+        assert done.tokens == generated(one, context, new_tokens)
+        assert done.depths == [DEPTH] * new_tokens
+        # Every position passes every layer, once; so do dropped drafts.
+        positions = len(context) - 1 + done.usage.drafts + new_tokens - done.usage.accepted
+        assert [sum(calls) for calls in counts.layers] == [positions] * DEPTH
+        assert done.usage.layer_positions == DEPTH * positions
+        verifications = new_tokens - done.usage.accepted
+        assert done.usage.head_calls == len(counts.head_rows) == done.usage.drafts + verifications
+        assert max(counts.head_rows) <= drafts + 1
+
+
+def test_verified_drafts_are_accepted_and_save_passes(model):
+    engine = Engine(agreeing(model), POINTS)
+    full = engine.complete(context_of(20), 30, kv="full")
+    done = engine.complete(context_of(20), 30, FixedExit(1), "verified", drafts=3)
+    assert done.tokens == full.tokens
+    assert done.usage.accepted > 0.5 * done.usage.drafts > 0
+    assert done.usage.layer_calls < full.usage.layer_calls
+
+
+def test_verified_ends_where_full_ends(engine):
+    full = engine.complete(context_of(8), 12, kv="full").tokens
+    for eos in set(full):
+        done = engine.complete(context_of(8), 12, FixedExit(1), "verified", eos=[eos])
+        assert done.tokens == full[: full.index(eos) + 1]
+        assert (done.stopped, len(done.depths)) == ("eos", len(done.tokens))
+
+
 def test_propagate_is_exact_until_a_filled_position_is_read(model):
     # The context runs through all layers, so only the third token can meet keys that were filled in.
     engine = Engine(model, POINTS)
@@ -229,7 +275,7 @@ def expected_positions(kv: str, depths: list[int], context: int, layer: int) -> 
 
 
 @FEW
-@given(context=st.integers(1, 12), depths=DEPTHS, kv=st.sampled_from(KV_MODES))
+@given(context=st.integers(1, 12), depths=DEPTHS, kv=st.sampled_from(sorted({*KV_MODES} - {"verified"})))
 def test_layers_above_the_exit_do_not_run(model, context, depths, kv):
     with counted(model) as counts:
         done = Engine(model, POINTS).complete(context_of(context), len(depths), Script(depths), kv=kv)
@@ -292,13 +338,14 @@ def engine(tiny):
 def test_sampling_repeats_with_its_seed(engine):
     def sample(seed: int, kv: str = "deferred") -> list[int]:
         sampling = Sampling(temperature=1.5, top_k=40, top_p=0.95, seed=seed)
-        return engine.complete(context_of(8), 10, Script([1, 4, 2, 6, 1] * 2), kv, sampling).tokens
+        return engine.complete(context_of(8), 10, Script([1, 4, 2, 6, 1] * 9), kv, sampling).tokens
 
     torch.manual_seed(1)
     first = sample(3)
     torch.manual_seed(2)
     assert sample(3) == first == sample(3, kv="none")
     assert sample(4) != first
+    assert sample(3, "verified") == sample(3, "full")
 
 
 @pytest.mark.parametrize(
@@ -439,7 +486,7 @@ def test_what_makes_no_sense_is_refused_at_the_call(engine):
         engine.stream([], 5)
     with pytest.raises(UserError, match="at least 1"):
         engine.stream([1], 0)
-    with pytest.raises(UserError, match="deferred, none, propagate, full"):
+    with pytest.raises(UserError, match="deferred, none, propagate, full, verified"):
         engine.stream([1], 5, kv="paged")
 
 
@@ -483,7 +530,7 @@ def test_requests_leave_nothing_behind(engine):
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
     def request(kv: str) -> list[int]:
-        return engine.complete(context_of(8), 6, Script([1, 6, 2, 1, 4, 6]), kv=kv).tokens
+        return engine.complete(context_of(8), 6, Script([1, 6, 2, 1, 4, 6] * 9), kv=kv).tokens
 
     first = {kv: request(kv) for kv in KV_MODES}
     before, state = tensors(), dict(vars(engine))
