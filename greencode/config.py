@@ -103,6 +103,12 @@ def check(config: dict[str, Any], root: str | Path = ".") -> None:
             _check_model(name, model, root)
     if both := sorted(set(config["agents"]) & set(config["frontier"]["rules"])):
         raise UserError(f"Configuration: {both[0]} is an agent and a rule of the frontier; rename one.")
+    for name in config["frontier"]["verified"]:
+        if name not in config["agents"] and name not in config["frontier"]["rules"]:
+            raise UserError(
+                f"Configuration: frontier.verified names {name!r}, which is no agent and no rule of the "
+                "frontier; set it to null there."
+            )
     for name in config["agents"]:
         for dataset in config["agents"][name]["datasets"]:
             if dataset not in config["datasets"]:

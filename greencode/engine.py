@@ -445,7 +445,7 @@ class Engine:
         eos: Iterable[int] = (),
         overflow: str = "refuse",
         into: Completion | None = None,
-        drafts: int = 2,
+        drafts: int = 1,
     ) -> Iterator[Token]:
         """Generate token by token; stop iterating to cancel.
 

@@ -78,8 +78,9 @@ def cost(
     Returns:
         Means per sample: `seconds`, `cpu_seconds`, `joules`, `layer_positions`, `checks`. Per generated
         token: `layers` (mean depth), `layers_skipped` (N - mean depth), `joules_per_token`; and
-        `tokens_per_second`. These four are sums over sums, not means of ratios. Joules are left out unless
-        every sample has them; so is a ratio whose denominator is 0.
+        `tokens_per_second`; and `drafts_accepted`, a share of the verified drafts. These are sums over sums,
+        not means of ratios. Joules are left out unless every sample has them; so is a ratio whose denominator
+        is 0.
     """
     seconds = [sample.seconds for sample in samples]
     tokens = [len(sample.tokens) for sample in samples]
@@ -96,6 +97,9 @@ def cost(
         ),
         "layer_positions": scoring.mean([sample.layer_positions for sample in samples]),
         "checks": scoring.mean([sample.checks for sample in samples]),
+        "drafts_accepted": scoring.ratio(
+            [sample.accepted for sample in samples], [sample.drafts for sample in samples]
+        ),
     }
     joules = [sample.joules for sample in samples if sample.joules is not None]
     if len(joules) == len(samples):

@@ -623,6 +623,7 @@ def frontier(records: Sequence[Mapping[str, Any]], style: Style, stem: str | Pat
     Bands are 95 % intervals over samples. The star is the full model with its KV cache; the oracle is a
     bound. Energy that is an estimate from CPU time would repeat the panel of time and is left out. The
     last row is along the full model's text, where nothing is timed; thin lines are a rule's other seeds.
+    White markers are rules whose drafts the final layer verified, with all layers, to the full model's text.
 
     Args:
         records: one, as `greencode.frontier.record` gives it.
@@ -648,7 +649,7 @@ def frontier(records: Sequence[Mapping[str, Any]], style: Style, stem: str | Pat
         by_rule: dict[str, list[Mapping[str, Any]]] = {}
         for point in record["points"]:
             by_rule.setdefault(point["rule"], []).append(point)
-        looks = _rule_looks(by_rule)
+        looks = _rule_looks(by_rule, record["verified"])
         rows: list[dict[str, Any]] = []
         for line, quality in zip(measured_axes, _FRONTIER_QUALITY, strict=True):
             line[0].set_ylabel(f"{_FRONTIER_QUALITY[quality]} [0..1]")
@@ -678,13 +679,15 @@ def frontier(records: Sequence[Mapping[str, Any]], style: Style, stem: str | Pat
     return figure
 
 
-def _rule_looks(rules: Iterable[str]) -> dict[str, dict[str, Any]]:
+def _rule_looks(rules: Iterable[str], verified: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """Colour, line and marker of each rule; a verified one has those of the rule that decides."""
+    verified = verified or {}
     looks: dict[str, dict[str, Any]] = {
         "full": {"color": "black", "marker": "*", "markersize": 9, "linestyle": "none"},
         "oracle": {"color": "black", "marker": "d", "markersize": 5, "linestyle": "none"},
         "fixed": {"color": _FAINT, "marker": "^", "linestyle": ":", "markersize": 4},
     }
-    others = [rule for rule in rules if rule not in looks]
+    others = [rule for rule in rules if rule not in looks and rule not in verified]
     for place, rule in enumerate(others):
         looks[rule] = {
             "color": _RULE_COLOURS[place % len(_RULE_COLOURS)],
@@ -692,13 +695,15 @@ def _rule_looks(rules: Iterable[str]) -> dict[str, dict[str, Any]]:
             "linestyle": ("-", "--")[place // len(_RULE_COLOURS) % 2],
             "markersize": 4,
         }
+    for rule, decides in verified.items():
+        looks[rule] = looks[decides] | {"markerfacecolor": "white", "markersize": 5}
     return looks
 
 
 def _rule_label(rule: str, kinds: Mapping[str, str]) -> str:
     named = {"full": "full depth, cached", "fixed": "fixed exits", "oracle": "oracle (bound)"}
-    if rule in named:
-        return named[rule]
+    if rule not in kinds:
+        return named.get(rule, rule)
     kind = {"agent": "PPO", "stopping": "cost-to-go"}.get(kinds[rule], kinds[rule])
     return rule if kind == rule else f"{rule} ({kind})"
 

@@ -29,7 +29,7 @@ QUALITY = (*MEANS, "codebleu")
 """The frontier's qualities: `agreement` is the share of positions with the full model's token. CodeBLEU is
 one of the whole corpus, the others are means over samples."""
 
-COSTS = ("layers", "seconds", "joules")
+COSTS = ("layers", "seconds", "joules", "drafts_accepted")
 
 
 def teacher_forced(
@@ -290,7 +290,8 @@ def record(
         generations: method -> completions of the same samples, `full`, fixed exits, `oracle` and the
             rules' operating points.
         episodes: of these samples, along the full model's text.
-        chosen: the rules' operating points, as `rules.operating_points` returned them.
+        chosen: the rules' operating points, as `rules.operating_points` and `rules.verified_points` returned
+            them.
         promises: of each rule.
 
     Returns:
@@ -308,7 +309,7 @@ def record(
     for point in points:
         if point["rule"] != "full":
             of_rule.setdefault(point["rule"], {})[point["share"]] = point["method"]
-    compared = {rule: shares for rule, shares in of_rule.items() if rule not in ("fixed", "oracle")}
+    compared = {rule: shares for rule, shares in of_rule.items() if rule in scores}
     return {
         "model": full.model,
         "dataset": full.dataset,
@@ -318,6 +319,7 @@ def record(
         "device": full.provenance.device,
         "energy_source": full.energy_source,
         "rules": {rule.name: rule.kind for rule in rules},
+        "verified": {point["rule"]: point["policy"] for point in chosen if point["kv"] == "verified"},
         "points": points,
         "summaries": summaries(
             samples, {rule: list(shares.values()) for rule, shares in of_rule.items()}, seed, resamples
@@ -341,8 +343,9 @@ def _points(generations, samples, episodes, scores, chosen, seed, resamples):
     rows += [
         (
             {key: point[key] for key in ("method", "rule", "share", "threshold")},
-            scores[point["rule"]],
-            point["threshold"],
+            scores[point["policy"]],
+            # Along its own text, the full model's, a verified rule answers at full depth.
+            1.0 if point["kv"] == "verified" else point["threshold"],
         )
         for point in chosen
     ]

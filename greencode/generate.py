@@ -99,11 +99,13 @@ class Decoding:
         kv: mode of the KV cache.
         policy_of: exit policy of a sample, by its number.
         threshold: T of the policy, if it has one.
+        drafts: where they are verified, how many may wait.
     """
 
     kv: str
     policy_of: Callable[[int], Policy | None]
     threshold: float | None = None
+    drafts: int = 1
 
 
 def run_side_by_side(
@@ -156,7 +158,9 @@ def _warm_up(engine, samples, decodings: Sequence[Decoding], settings: dict[str,
 
 
 def _complete(engine: Engine, sample: Sample, decoding: Decoding, number: int, new_tokens: int) -> Decoded:
-    return engine.complete(sample.context, new_tokens, decoding.policy_of(number), kv=decoding.kv)
+    return engine.complete(
+        sample.context, new_tokens, decoding.policy_of(number), kv=decoding.kv, drafts=decoding.drafts
+    )
 
 
 def _timed(
@@ -189,6 +193,8 @@ def _timed(
             joules=share,
             layer_positions=done.usage.layer_positions,
             checks=done.usage.checks,
+            drafts=done.usage.drafts,
+            accepted=done.usage.accepted,
         )
         for (sample, done, seconds, cpu_seconds), share in zip(timed, joules, strict=True)
     ]

@@ -117,6 +117,8 @@ class Completion:
             several samples; each sample has the share of its time.
         layer_positions: layers x positions run in all, deferred work and context included.
         checks: policy evaluations.
+        drafts, accepted: tokens that left early and were verified by the final layer, and those that it
+            said too.
     """
 
     id: int
@@ -131,6 +133,8 @@ class Completion:
     joules: float | None
     layer_positions: int
     checks: int
+    drafts: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)

@@ -156,12 +156,29 @@ def point_name(rule: str, share: float) -> str:
     return f"{rule}-D{share:g}"
 
 
+def verified_points(
+    rules: Sequence[Rule], validation: Episodes, verified: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """Rows as of `operating_points` for rules whose drafts are verified, under the rule `{name} verified`.
+
+    Args:
+        verified: rule -> shares of the layers that its drafts take on validation episodes.
+    """
+    rows = []
+    for rule in (rule for rule in rules if rule.name in verified):
+        for row in operating_points([rule], validation, verified[rule.name]):
+            method = f"{rule.name}-V{row['share']:g}"
+            rows.append(row | {"method": method, "rule": f"{rule.name} verified", "kv": "verified"})
+    return rows
+
+
 def operating_points(
     rules: Sequence[Rule], validation: Episodes, shares: Sequence[float]
 ) -> list[dict[str, Any]]:
     """Thresholds at which rules run `share` of the layers on validation episodes, as table rows.
 
     A rule that cannot run that deep or shallow gets its nearest threshold; `depth` says what it runs.
+    `policy` names the rule that decides, `kv` a mode of the cache other than the study's.
     """
     layers = validation.exit_points[-1]
     rows = []
@@ -173,6 +190,8 @@ def operating_points(
                 {
                     "method": point_name(rule.name, share),
                     "rule": rule.name,
+                    "policy": rule.name,
+                    "kv": None,
                     "share": share,
                     "threshold": float(found.thresholds[place]),
                     "depth": float(found.depth[place]),

@@ -42,6 +42,7 @@ CONFIG = {
         },
         "shares": [0.7],
         "samples": 3,
+        "verified": {"agent": [0.7]},
     },
     "calibration": {"saving": [0.1], "agreement": [0.5]},
     "generate": {"samples": 4, "warmup": 1, "idle_seconds": 0},

@@ -225,12 +225,17 @@ def test_every_rule_is_on_the_frontier(frontier):
     record = json.loads((frontier.folder / "results/frontier/tiny/code/frontier.json").read_text())
     rules = [*sorted(CONFIG["frontier"]["rules"]), "agent"]
     points = {point["method"]: point for point in record["points"]}
-    assert list(points) == ["full", "fixed-4", "oracle", *(f"{rule}-D0.7" for rule in rules)]
+    drawn = [f"{rule}-D0.7" for rule in rules]
+    assert list(points) == ["full", "fixed-4", "oracle", *drawn, "agent-V0.7"]
     full, oracle = points["full"]["metrics"], points["oracle"]["metrics"]
     assert full["agreement"]["value"] == oracle["agreement"]["value"] == 1
     assert full["time_saved"]["value"] == 0
     assert oracle["layers"]["value"] == pytest.approx(oracle["forced_layers"]["value"])
-    assert {row["rule"] for row in record["summaries"]} == {"fixed", "oracle", *rules}
+    verified = points["agent-V0.7"]
+    assert verified["rule"] == "agent verified"
+    assert verified["metrics"]["agreement"]["value"] == verified["metrics"]["forced_agreement"]["value"] == 1
+    assert verified["metrics"]["layers"]["value"] == verified["metrics"]["forced_layers"]["value"] == 8
+    assert {row["rule"] for row in record["summaries"]} == {"fixed", "oracle", "agent verified", *rules}
     assert len(record["tests"]) == 2 * len(rules) * (len(rules) - 1) // 2
     assert len(record["calibration"]) == 3 * len(rules)
     assert record["samples"] == 3
@@ -275,13 +280,16 @@ def test_seeds_of_the_agent_differ_and_are_told(frontier):
 def test_every_rule_completed_the_same_samples(frontier):
     generations = read_generations(frontier.folder / "results/frontier/tiny/code/generations.jsonl.gz")
     assert {one.method: one.provenance.kv for one in generations if one.provenance.kv != "deferred"} == {
-        "full": "full"
+        "full": "full",
+        "agent-V0.7": "verified",
     }
     by_method = {one.method: one.completions for one in generations}
     full = by_method["full"]
     for completions in by_method.values():
         assert [one.id for one in completions] == [one.id for one in full]
-    assert [one.tokens for one in by_method["oracle"]] == [one.tokens for one in full]
+    for method in ("oracle", "agent-V0.7"):
+        assert [one.tokens for one in by_method[method]] == [one.tokens for one in full]
+    assert sum(one.drafts for one in by_method["agent-V0.7"]) > 0 == sum(one.drafts for one in full)
     assert {depth for one in by_method["fixed-4"] for depth in one.depths} == {4}
 
 

@@ -198,6 +198,8 @@ def fault_of(config, root):
 def test_a_rule_and_an_agent_of_one_name_are_refused(config, root):
     config["frontier"] = {"rules": {"a": {"kind": "margin"}}}
     assert "a is an agent and a rule of the frontier" in fault_of(config, root)
+    config["frontier"] = {"verified": {"b": [0.5]}}
+    assert "frontier.verified names 'b'" in fault_of(config, root)
 
 
 @pytest.mark.parametrize(

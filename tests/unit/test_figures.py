@@ -353,7 +353,7 @@ def frontier(seeds: tuple[int, ...] = ()) -> dict:
     ]
     return {
         "model": "tiny", "dataset": "java", "samples": 5, "energy_source": "estimate",
-        "rules": {"margin": "margin", "ppo": "agent"}, "points": points,
+        "rules": {"margin": "margin", "ppo": "agent"}, "verified": {}, "points": points,
         "seeds": [
             {"rule": "ppo", "seed": seed, "share": share, "threshold": 0.5}
             | {"forced_layers": 16 * share + seed, "forced_agreement": agreement + seed / 100}
@@ -387,6 +387,18 @@ def test_frontier_has_a_line_for_each_other_seed(tmp_path) -> None:
     measured = read(tmp_path / "g")
     forced = measured[measured["metric"] == "forced_agreement"]
     assert forced[forced["rule"] == "ppo"]["x"].tolist() == pytest.approx([8, 12.8])
+
+
+def test_a_verified_rule_looks_like_the_rule_that_decides(tmp_path) -> None:
+    record = frontier() | {"verified": {"ppo verified": "ppo"}}
+    record["points"].append(rule_point("ppo verified", 0.7, 16, 1.0))
+    drawn = figures.frontier([record], CSV, tmp_path / "f")
+    assert "ppo verified" in texts(drawn)
+    colour = figures._rule_looks(["margin", "ppo"])["ppo"]["color"]
+    ppo, verified = (line for line in drawn.axes[0].lines if line.get_color() == colour)
+    assert (ppo.get_markerfacecolor(), verified.get_markerfacecolor()) == (colour, "white")
+    assert ppo.get_marker() == verified.get_marker()
+    assert "ppo verified" in read(tmp_path / "f")["rule"].tolist()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from greencode.frontier import (
 )
 from greencode.policies import ExitPolicy
 from greencode.results import Completion, Generation, Provenance, read_generations, write_generations
-from greencode.rules import Rule, operating_points, replay
+from greencode.rules import Rule, operating_points, replay, verified_points
 
 
 def generation(method, tokens, depths, seconds):
@@ -154,6 +154,8 @@ def test_rules_are_put_at_equal_depth():
     assert [point["method"] for point in points] == ["c-D0.5", "c-D0.8", "r-D0.5", "r-D0.8"]
     for point in points:
         assert point["depth"] == pytest.approx(6 * point["share"], abs=0.1)
+    verified = verified_points(rules, validation, {"r": [0.8]})
+    assert verified == [points[3] | {"method": "r-V0.8", "rule": "r verified", "kv": "verified"}]
     forced = teacher_forced(validation, rules[0].scores(validation), points[0]["threshold"])
     assert forced["forced_layers"].value == pytest.approx(points[0]["depth"])
     assert forced["forced_agreement"].value == pytest.approx(points[0]["agreement"])

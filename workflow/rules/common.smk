@@ -276,6 +276,8 @@ RULES = {
     name: rule["kind"] for name, rule in STUDY["frontier"]["rules"].items()
 } | dict.fromkeys(AGENTS, "agent")
 RULES_BLOCK = {"seed": STUDY["seed"], "temperature": STUDY["generate"]["temperature"]}
+# Drafts are verified with what the cache holds.
+VERIFIED = {} if STUDY["generate"]["kv"] == "none" else STUDY["frontier"]["verified"]
 POLICIES = [
     *(
         f"results/agents/{{model}}/{{dataset}}/{name}/policy.safetensors"

@@ -45,7 +45,11 @@ rule choose_thresholds:
         runtime=60,
     params:
         rules=RULES,
-        frontier={**RULES_BLOCK, "shares": STUDY["frontier"]["shares"]},
+        frontier={
+            **RULES_BLOCK,
+            "shares": STUDY["frontier"]["shares"],
+            "verified": VERIFIED,
+        },
         code=code("choose_thresholds"),
     message:
         "Choosing thresholds of every rule for {wildcards.model} on {wildcards.dataset}"

@@ -6,18 +6,19 @@ from greencode import job
 from greencode.episodes import Episodes
 from greencode.files import write_json
 from greencode.results import Provenance
-from greencode.rules import load_rules, operating_points
+from greencode.rules import load_rules, operating_points, verified_points
 
 
 def main(smk):
     block = smk.params.frontier
     validation = Episodes.load(smk.input.validation)
     rules = load_rules(smk.params.rules, smk.input.policies, validation, block["seed"], block["temperature"])
-    settings = {"rules": dict(smk.params.rules), "shares": list(block["shares"])}
+    settings = {"rules": dict(smk.params.rules)} | {name: block[name] for name in ("shares", "verified")}
+    points = operating_points(rules, validation, block["shares"])
     write_json(
         smk.output[0],
         {
-            "points": operating_points(rules, validation, block["shares"]),
+            "points": points + verified_points(rules, validation, block["verified"]),
             "exit_points": list(validation.exit_points),
             "provenance": asdict(Provenance.now(settings, seed=block["seed"])),
         },

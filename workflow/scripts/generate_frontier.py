@@ -29,11 +29,11 @@ def episodes_of(engine, samples, new_tokens, directory, batch=16):
     )  # fmt: skip
 
 
-def methods_of(engine, episodes, rules, points, kv, device):
+def methods_of(engine, episodes, rules, points, kv, drafts, device):
     """Full depth, fixed exits, the oracle, and every rule at its thresholds."""
 
-    def always(policy, threshold=None):
-        return Decoding(kv, lambda number: policy, threshold)
+    def always(policy, threshold=None, kv=kv):
+        return Decoding(kv, lambda number: policy, threshold, drafts)
 
     exits, by_name = engine.exit_points, {rule.name: rule for rule in rules}
     best = np.array(exits)[episodes.optimal_exits()]
@@ -41,8 +41,8 @@ def methods_of(engine, episodes, rules, points, kv, device):
     methods |= {f"fixed-{depth}": always(FixedExit(depth)) for depth in exits[:-1]}
     methods["oracle"] = Decoding(kv, lambda number: ScriptedExit(best[number], exits))
     for point in points:
-        policy = by_name[point["rule"]].policy(point["threshold"], exits, device)
-        methods[point["method"]] = always(policy, point["threshold"])
+        policy = by_name[point["policy"]].policy(point["threshold"], exits, device)
+        methods[point["method"]] = always(policy, point["threshold"], point["kv"] or kv)
     return methods
 
 
@@ -53,7 +53,7 @@ def main(smk):
     episodes = episodes_of(engine, samples, block["new_tokens"], directory)
     rules = load_rules(smk.params.rules, smk.input.policies, episodes, block["seed"], block["temperature"])
     points = read_json(smk.input.thresholds)["points"]
-    methods = methods_of(engine, episodes, rules, points, block["kv"], device)
+    methods = methods_of(engine, episodes, rules, points, block["kv"], block["drafts"], device)
     about = {"model": names.model, "dataset": names.dataset, "language": block["language"]}
     provenance = generate.provenance_of(engine, dict(block), block["kv"], block["seed"], block["threads"])
     meter = Meter.open(device, block["cpu_watts"] or None)
