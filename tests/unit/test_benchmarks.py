@@ -1,11 +1,13 @@
 import csv
 import itertools
 import json
+import runpy
+import sys
 
 import pytest
 import torch
 
-from benchmarks import gpu_paper_scale, table
+from benchmarks import gpu_paper_scale, table, verified
 from benchmarks.engine import NEW_TOKENS, Floor, Machine, Script, mixed_depths
 from benchmarks.gpu_paper_scale import GraphDecoder, Rhythm
 from greencode.engine import Engine
@@ -119,3 +121,25 @@ def test_the_gpu_benchmark_at_micro_scale(tmp_path, capsys, model_name):
 def test_the_gpu_benchmark_asks_for_a_gpu():
     with pytest.raises(SystemExit, match="no GPU"):
         gpu_paper_scale.main([])
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_verified_exits_runs(tmp_path):
+    verified.main(["--quick", "--out", str(tmp_path)])
+    with open(tmp_path / "verified.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    same = [row for row in rows if row["what"].strip() == "tokens that differ"]
+    assert len(same) == 2 * 2 * len(verified.DRAFTS)
+    assert {row["met"] for row in same} == {"yes"}
+    right = [row for row in rows if "100% right" in row["what"] and row["peer"] == "full"]
+    assert len(right) == 2 * len(verified.DRAFTS)
+
+
+@pytest.mark.slow
+def test_the_benchmarks_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", "--out", str(tmp_path)])
+    runpy.run_module("benchmarks", run_name="__main__")
+    with open(tmp_path / "benchmarks.csv") as stream:
+        subjects = {row["subject"] for row in csv.DictReader(stream)}
+    assert len(subjects) == 4  # two shapes, two bundled models
+    assert (tmp_path / "engine.png").stat().st_size > 10_000
