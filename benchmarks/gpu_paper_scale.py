@@ -28,6 +28,7 @@ import torch
 
 from benchmarks.engine import random_agent
 from benchmarks.table import write_csv
+from benchmarks.verified import DRAFTS, make_right
 from greencode.energy import Meter
 from greencode.engine import Engine, ExitView
 from greencode.errors import UserError
@@ -333,6 +334,17 @@ class Bench:
             self.completions(
                 "eager", "none", point,
                 lambda point=point: engine.complete(context, new, FixedExit(point), kv="none"), new,
+            )  # fmt: skip
+        # What verification saves at best; it changes the weights, so it comes last.
+        middle = depth // 2
+        make_right(engine, middle)
+        for drafts in DRAFTS:
+            self.windows(
+                "eager", f"verified {drafts}", middle,
+                lambda drafts=drafts: engine.stream(
+                    context, room, FixedExit(middle), "verified", drafts=drafts
+                ),
+                floor=False,
             )  # fmt: skip
         return self.rows
 

@@ -109,6 +109,7 @@ def test_the_gpu_benchmark_at_micro_scale(tmp_path, capsys, model_name):
         ("eager", "full", 1), ("eager", "fixed", len(points) - 1), ("eager", "none", len(points)),
         ("eager", "first", len(points)), ("eager", "deferred", 1), ("eager", "agent", 1),
         ("graphs", "full", 1), ("graphs", "fixed", len(points) - 1), ("graphs", "agent", 1),
+        *(("eager", f"verified {drafts}", 1) for drafts in verified.DRAFTS),
     ):  # fmt: skip
         assert sum((row["engine"], row["what"]) == (engine, what) for row in rows) == count
     assert all(float(row["seconds"]) > 0 for row in rows)
