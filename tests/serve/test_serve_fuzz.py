@@ -104,9 +104,10 @@ def test_the_openapi_names_all_routes_and_parameters(endpoint):
             "exit_target",
             "exit_policy",
             "exit_layer",
+            "exit_verify",
             "max_new_tokens",
             "stop",
         } <= set(fields)
     headers = {one["name"] for one in described["paths"]["/generate"]["post"]["parameters"]}
-    assert headers == {"x-exit-threshold", "x-exit-target", "x-exit-policy"}
+    assert headers == {"x-exit-threshold", "x-exit-target", "x-exit-policy", "x-exit-verify"}
     assert endpoint.client.get("/docs").status_code == 200
