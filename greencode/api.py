@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -96,9 +96,11 @@ async def header_exit(
     x_exit_threshold: Annotated[float | None, Header(ge=0, le=1, allow_inf_nan=False)] = None,
     x_exit_target: Annotated[str | None, Header(max_length=100)] = None,
     x_exit_policy: Annotated[ExitPolicyName | None, Header()] = None,
+    x_exit_verify: Annotated[Literal["true", "false", "1", "0"] | None, Header()] = None,
 ) -> HeaderExit:
     """For clients whose bodies take no other parameters; the body goes first."""
-    return HeaderExit(x_exit_threshold, target_of_header(x_exit_target), x_exit_policy)
+    verify = None if x_exit_verify is None else x_exit_verify in ("true", "1")
+    return HeaderExit(x_exit_threshold, target_of_header(x_exit_target), x_exit_policy, verify)
 
 
 Headers = Annotated[HeaderExit, Depends(header_exit)]
@@ -193,7 +195,12 @@ class Service:
     def exits(self, served: Served) -> Exits:
         """The exits on offer."""
         settings, agent = self.settings, served.agent is not None
-        default = Exit(settings.default_policy(agent), settings.threshold, target=settings.target)
+        default = Exit(
+            settings.default_policy(agent),
+            settings.threshold,
+            target=settings.target,
+            verify=settings.exit_verify,
+        )
         return Exits(served.engine.exit_points, agent, default, settings.promises)
 
     def _read(self, body: AnyRequest, longest: int) -> tuple[list[int], int, Writer | None, bool]:
@@ -269,6 +276,7 @@ class Service:
                     "exit_policy": default.policy,
                     "exit_threshold": default.threshold if agent else None,
                     "exit_target": default.target,
+                    "exit_verify": default.verify,
                     "max_new_tokens": settings.max_new_tokens,
                 },
                 "exit_targets": [asdict(one) for one in promises.given] if promises else [],
@@ -300,14 +308,11 @@ def _sound(event: Piece | Outcome | Exception) -> Piece | Outcome:
 
 def _unused(body: AnyRequest, headers: HeaderExit, how: Exit, streamed: bool) -> list[str]:
     """Names of known parameters that change nothing in this request."""
-    given = [
-        name
-        for name in ("exit_threshold", "exit_target")
-        if getattr(body, name) is not None or getattr(headers, name) is not None
-    ]
+    agents = ("exit_threshold", "exit_target")
+    useless = {"rl": (), "fixed": agents, "none": (*agents, "exit_verify")}[how.policy]
     prefill = streamed or not body.details or isinstance(body, CompletionRequest)
     return [
-        *(given if how.policy != "rl" else []),
+        *(n for n in useless if getattr(body, n) is not None or getattr(headers, n) is not None),
         *(["decoder_input_details"] if body.decoder_input_details and prefill else []),
     ]
 
@@ -322,8 +327,11 @@ def _account(done: Done) -> dict[str, Any]:
         "exit_policy": asked.exit.policy,
         "exit_threshold": asked.exit.threshold,
         "exit_target": asked.exit.target and asked.exit.target.model_dump(exclude_none=True),
+        "exit_verify": asked.exit.verify,
         "mean_exit_layer": done.mean_depth,
         "layers_skipped": done.layers_skipped,
+        "drafts": outcome.drafts,
+        "drafts_accepted": outcome.drafts_accepted,
         "joules": done.joules,
         "queue_s": outcome.queue_s,
         "prefill_s": outcome.prefill_s,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -164,6 +164,11 @@ class Parameters(BaseModel):
     )
     exit_layer: Annotated[Whole, Field(ge=1)] | None = Field(
         None, description="Depth at which every token leaves; one of the exit points in /info."
+    )
+    exit_verify: Flag | None = Field(
+        None,
+        description="A token that leaves is a draft, which the final layer confirms or replaces: the text is "
+        "the full model's. No layer is saved, but time where drafts are often right.",
     )
     max_new_tokens: Annotated[Whole, Field(ge=-1)] | None = Field(
         None,
@@ -339,12 +344,13 @@ AnyRequest = GenerateRequest | CompletionRequest | EitherRequest
 @dataclass(frozen=True)
 class Exit:
     """How tokens leave: a policy, with the threshold of `rl` or the depth of `fixed`; the target that the
-    threshold keeps, if one was asked for."""
+    threshold keeps, if one was asked for; whether the final layer verifies what has left."""
 
     policy: ExitPolicyName
     threshold: float | None = None
     layer: int | None = None
     target: ExitTarget | None = None
+    verify: bool = False
 
 
 @dataclass(frozen=True)
@@ -354,6 +360,7 @@ class HeaderExit:
     exit_threshold: float | None = None
     exit_target: ExitTarget | None = None
     exit_policy: ExitPolicyName | None = None
+    exit_verify: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -396,16 +403,18 @@ def choose_exit(request: Parameters, header: HeaderExit, exits: Exits) -> Exit:
     if policy != "fixed" and layer is not None:
         raise refused("exit_layer", "it needs exit_policy fixed")
     if policy == "none":
-        return Exit("none")
+        return Exit("none")  # with nothing to verify
+    asked = (request.exit_verify, header.exit_verify, exits.default.verify)
+    verify = next(one for one in asked if one is not None)
     if policy == "rl":
         if not exits.agent:
             raise refused("exit_policy", "this server has no agent; use fixed or none")
-        return _agents_exit(request, header, exits)
+        return replace(_agents_exit(request, header, exits), verify=verify)
     if layer is None:
         raise refused("exit_layer", "exit_policy fixed needs it")
     if layer not in exits.points:
         raise refused("exit_layer", f"it must be one of the exit points {list(exits.points)}")
-    return Exit("fixed", layer=layer)
+    return Exit("fixed", layer=layer, verify=verify)
 
 
 def _agents_exit(request: Parameters, header: HeaderExit, exits: Exits) -> Exit:

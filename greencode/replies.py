@@ -89,6 +89,7 @@ class EarlyExit(BaseModel):
     threshold: float | None
     target: ExitTarget | None = Field(description="What the threshold was chosen for.")
     exit_layer: int | None = Field(description="Of the policy fixed.")
+    verify: bool = Field(description="Whether the final layer confirmed or replaced what had left.")
     num_layers: int
     exit_layers: list[int] = Field(description="Layers run to decide each token.")
     layers_executed: int = Field(description="Their sum.")
@@ -99,6 +100,8 @@ class EarlyExit(BaseModel):
         description="Layers x positions run in all: the prompt and work that was put off included."
     )
     checks: int = Field(description="Times that the policy was asked.")
+    drafts: int | None = Field(description="Tokens that left and were verified; null without that.")
+    drafts_accepted: int | None = Field(description="Those of them that the final layer said too.")
 
 
 class EnergyUse(BaseModel):
@@ -270,6 +273,7 @@ class Done:
                 threshold=asked.exit.threshold,
                 target=asked.exit.target,
                 exit_layer=asked.exit.layer,
+                verify=asked.exit.verify,
                 num_layers=asked.layers,
                 exit_layers=self.depths,
                 layers_executed=run,
@@ -278,6 +282,8 @@ class Done:
                 skipped_fraction=1 - run / (asked.layers * count) if count else None,
                 layer_positions=outcome.layer_positions,
                 checks=outcome.checks,
+                drafts=outcome.drafts,
+                drafts_accepted=outcome.drafts_accepted,
             ),
             energy=EnergyUse(
                 joules=joules,
@@ -321,6 +327,7 @@ class Done:
             "x-time-per-token": _milliseconds(inference / self.count) if self.count else None,
             "x-exit-policy": asked.exit.policy,
             "x-exit-threshold": asked.exit.threshold,
+            "x-exit-verify": str(asked.exit.verify).lower(),
             "x-mean-exit-layer": None if depth is None else round(depth, 3),
             "x-layers-skipped": self.layers_skipped,
             "x-energy-joules": self.joules,

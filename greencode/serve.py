@@ -23,6 +23,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import (
     BaseSettings,
     CliApp,
+    CliImplicitFlag,
     NoDecode,
     SettingsConfigDict,
     SettingsError,
@@ -99,6 +100,9 @@ class Settings(BaseSettings):
     exit_threshold: float = Field(0.9, ge=0, le=1, description="Of rl, where a request names none.")
     exit_target: str | None = Field(
         None, description="In place of --exit-threshold, what is promised: saving=0.4 or agreement=0.9."
+    )
+    exit_verify: CliImplicitFlag[bool] = Field(
+        False, description="Where a request does not say: the final layer verifies what has left."
     )
     prompt_format: Literal["source", "tokens"] | None = Field(
         None, description="Where a request names none: source if the language is known, else tokens."

@@ -43,6 +43,8 @@ class Telemetry:
         self.depths = make(Counter, "exit_layer", "Generated tokens by depth.", ("layer",))
         self.executed = make(Counter, "layers_executed", "Layers run to decide tokens.")
         self.skipped = make(Counter, "layers_skipped", "Layers above the exits.")
+        self.drafts = make(Counter, "drafts", "Tokens that left and were verified.")
+        self.accepted = make(Counter, "drafts_accepted", "Those of them that the final layer said too.")
         self.joules = make(Counter, "energy_joules", "Energy of generation.", ("source",))
         self.cancelled = make(Counter, "requests_cancelled", "Requests given up.", ("reason",))
         self.in_flight = make(Gauge, "in_flight", "Requests admitted.")
@@ -75,6 +77,8 @@ class Telemetry:
             self.depths.labels(depth).inc(count)
         self.executed.inc(sum(depths))
         self.skipped.inc(layers * len(depths) - sum(depths))
+        self.drafts.inc(outcome.drafts or 0)
+        self.accepted.inc(outcome.drafts_accepted or 0)
         energy = outcome.energy
         if energy is not None and energy.joules is not None and energy.joules > 0:
             self.joules.labels(energy.source).inc(energy.joules)

@@ -114,12 +114,15 @@ class Piece:
 
 @dataclass
 class Outcome:
-    """A finished completion; times are seconds. `cancelled` says why it was given up, if it was."""
+    """A finished completion; times are seconds. `cancelled` says why it was given up, if it was. Drafts are
+    counted where they are verified."""
 
     pieces: list[Piece] = field(default_factory=list)
     finish: Finish = "length"
     layer_positions: int = 0
     checks: int = 0
+    drafts: int | None = None
+    drafts_accepted: int | None = None
     energy: Energy | None = None
     queue_s: float = 0.0
     prefill_s: float = 0.0
@@ -397,9 +400,9 @@ class Worker:
             return self._running
 
     def _warm_up(self, served: Served) -> None:
-        """A completion at full depth, and one that leaves early, so that no request pays for first calls."""
+        """Completions at full depth, that leave early, and verified: no request pays for first calls."""
         points = served.engine.exit_points
-        exits = [Exit("none"), Exit("fixed", layer=points[0])]
+        exits = [Exit("none"), *(Exit("fixed", layer=points[0], verify=verify) for verify in (False, True))]
         if served.agent is not None:
             exits.append(Exit("rl", threshold=0.5))
         for how in exits:
@@ -416,7 +419,7 @@ class Worker:
             order.new_tokens,
             policy,
             # A completion that cannot leave runs with the plain cache, as in the study.
-            kv="full" if policy is None else "deferred",
+            kv="full" if policy is None else "verified" if order.exit.verify else "deferred",
             sampling=None if order.sampling is None else Sampling(**order.sampling),
             eos=served.eos,
             into=account,
@@ -450,7 +453,10 @@ class Worker:
         else:
             outcome.finish = "eos_token"
         end = time.perf_counter()
-        outcome.layer_positions, outcome.checks = account.usage.layer_positions, account.usage.checks
+        usage = account.usage
+        outcome.layer_positions, outcome.checks = usage.layer_positions, usage.checks
+        if order.exit.verify:
+            outcome.drafts, outcome.drafts_accepted = usage.drafts, usage.accepted
         outcome.decode_s = end - start - outcome.prefill_s
         outcome.total_s = end - job.admitted
         outcome.cancelled = job.cancelled

@@ -108,13 +108,14 @@ class Throttled:
 
     def __init__(self, engine):
         self._engine = engine
-        self.pause, self.fault, self.steps, self.seen = 0.0, None, 0, []
+        self.pause, self.fault, self.steps, self.seen, self.modes = 0.0, None, 0, [], []
 
     def __getattr__(self, name):
         return getattr(self._engine, name)
 
     def stream(self, context, new_tokens, policy=None, **more):
         self.seen.append((list(context), getattr(policy, "threshold", None)))
+        self.modes.append(more["kv"])
         for token in self._engine.stream(context, new_tokens, policy, **more):
             if self.pause:
                 time.sleep(self.pause)
