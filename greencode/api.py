@@ -25,21 +25,17 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from greencode import __version__, prompts
+from greencode.choices import Exit, Exits, HeaderExit, choose_exit, choose_sampling
 from greencode.parameters import (
     MAX_STOP,
     AnyRequest,
     CompletionRequest,
     Detail,
     EitherRequest,
-    Exit,
     ExitPolicyName,
-    Exits,
     ExitTarget,
     GenerateRequest,
-    HeaderExit,
     ServiceError,
-    choose_exit,
-    choose_sampling,
     refused,
 )
 from greencode.replies import (

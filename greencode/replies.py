@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from greencode.parameters import Detail, Exit, ExitPolicyName, ExitTarget, ServiceError
+from greencode.choices import Exit
+from greencode.parameters import Detail, ExitPolicyName, ExitTarget, ServiceError
 
 if TYPE_CHECKING:
     from greencode.worker import Outcome, Piece

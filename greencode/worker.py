@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from greencode.choices import Exit
 from greencode.errors import UserError
 from greencode.lexing import EOL
-from greencode.parameters import Exit, ServiceError
+from greencode.parameters import ServiceError
 from greencode.replies import Finish
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from greencode.parameters import Parameters, ServiceError, choose_sampling
+from greencode.choices import choose_sampling
+from greencode.parameters import Parameters, ServiceError
 from greencode.replies import error_body
 
 PROMPT = {"inputs": "def add(a, b):\n"}
