@@ -241,6 +241,8 @@ class _Request:
         self.rotary = self.family.rotary(self.positions)
         self.cache = None if kv == "none" else _LayerCache(self.family, capacity)
         self.length = 0
+        self._masked: tuple[int, int] | None = None
+        self._masks: dict[int | None, torch.Tensor | None] = {}
         # waiting[i]: hidden states, oldest first, that stopped at the i-th exit point.
         self.waiting: list[list[torch.Tensor]] = [[] for _ in self.points]
 
@@ -249,15 +251,20 @@ class _Request:
         count = hidden.shape[1]
         positions = self.positions[:, start : start + count]
         rotary = _slice(self.rotary, start, count)
-        masks: dict[int | None, torch.Tensor | None] = {}
         for layer in range(first, last):
-            window = self.family.sliding_window(layer)
-            if window not in masks:
-                masks[window] = _causal_mask(start, count, window, hidden.device)
-            hidden = self.family.run(layer, hidden, positions, masks[window], self.cache, rotary)
+            mask = self._mask(start, count, self.family.sliding_window(layer))
+            hidden = self.family.run(layer, hidden, positions, mask, self.cache, rotary)
         self.usage.layer_calls += last - first
         self.usage.layer_positions += (last - first) * count
         return hidden
+
+    def _mask(self, start: int, count: int, window: int | None) -> torch.Tensor | None:
+        """The causal mask, made once for the segments that the same positions run one after another."""
+        if self._masked != (start, count):
+            self._masked, self._masks = (start, count), {}
+        if window not in self._masks:
+            self._masks[window] = _causal_mask(start, count, window, self.family.device)
+        return self._masks[window]
 
     def step(self, ids: torch.Tensor, text: Sequence[int], room: int) -> tuple[list[Token], torch.Tensor]:
         """Take new ids [1, P] in; the next tokens, at most `room`, and the ids that the next step takes."""
