@@ -120,6 +120,11 @@ class Meter:
         return cls(None, missing=" and ".join(missing))
 
     @property
+    def counts(self) -> bool:
+        """Whether joules come from a counter, which advances in steps: short windows miss it."""
+        return self.source in ("nvml", "rapl")
+
+    @property
     def note(self) -> str:
         """One sentence on how joules are obtained."""
         if self.source is None:
@@ -189,7 +194,7 @@ class Meter:
         Returns:
             Watts, or None where no counter is read or it did not advance in that time.
         """
-        if self.source not in ("nvml", "rapl"):
+        if not self.counts:
             return None
         self.idle_watts = None
         with self.window() as window:

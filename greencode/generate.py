@@ -116,18 +116,18 @@ def run_side_by_side(
     meter: Meter,
     about: dict[str, Any],
     provenance: Provenance,
-    block: int = 10,
     seed: int = 0,
 ) -> dict[str, Generation]:
     """`run` for several methods at once, so that whatever the machine does meanwhile is shared by all.
 
     Block by block of samples, each method completes the block in one window of the meter; the order of the
-    methods is drawn anew for every block.
+    methods is drawn anew for every block. A block is one sample, so that methods meet as much of the same
+    as can be, or ten where the meter reads a counter, which needs windows of a second.
 
     Args:
         about: `model`, `dataset`, `language` of the `Generation`s.
-        block: samples in a window.
     """
+    block = 10 if meter.counts else 1
     _warm_up(engine, samples, list(methods.values()), settings, meter)
     done: dict[str, list[Completion]] = {name: [] for name in methods}
     rng = np.random.default_rng(seed)

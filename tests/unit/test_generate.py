@@ -1,5 +1,6 @@
 """Measured completions: which samples, what is timed, what is written; the agent's overhead by difference."""
 
+import re
 import time
 
 import pytest
@@ -193,6 +194,35 @@ def test_joules_that_nothing_measures_are_none(engine):
     assert [done.joules for done in generation.completions] == [None] * 5
     assert generation.energy_source is None
     assert generation.energy_note == "Energy was not measured: there is no meter."
+
+
+@pytest.mark.parametrize(("counts", "block"), [(False, 1), (True, 10)])
+def test_methods_take_turns_over_the_same_samples(engine, meter, monkeypatch, counts, block):
+    monkeypatch.setattr(WatchedMeter, "counts", counts)
+    methods = {
+        "full": generate.Decoding("full", lambda number: None),
+        "early": generate.Decoding("deferred", lambda number: FixedExit(2), 0.5),
+        "exact": generate.Decoding("verified", lambda number: FixedExit(2), 0.5),
+    }
+    many = samples() * 4
+    done = generate.run_side_by_side(
+        engine, many, methods, SETTINGS, meter, {k: v for k, v in ABOUT.items() if k != "method"},
+        generate.provenance_of(engine, SETTINGS, "deferred", 1, 1),
+    )  # fmt: skip
+    assert {name: one.provenance.kv for name, one in done.items()} == {
+        name: decoding.kv for name, decoding in methods.items()
+    }
+    for one in done.values():
+        assert [c.id for c in one.completions] == [sample.id for sample in many]
+    full, early, exact = (done[name].completions for name in methods)
+    assert [c.tokens for c in exact] == [c.tokens for c in full] != [c.tokens for c in early]
+    assert sum(c.drafts for c in exact) > 0
+    # p: a plain completion, a: one whose policy is asked; empty windows measure the idle machine.
+    windows = re.findall("b([ap]+)e", "".join(event[0] for event in engine.events))
+    assert len(windows) == len(methods) * len(many) // block
+    for start in range(0, len(windows), len(methods)):
+        assert sorted(windows[start : start + 3]) == ["a" * block, "a" * block, "p" * block]
+    assert len({tuple(windows[start : start + 3]) for start in range(0, len(windows), 3)}) > 1
 
 
 def burn(seconds):
