@@ -55,9 +55,8 @@ def weights(tmp_path_factory):
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
                 torch.nn.init.normal_(weight, std=1 if "embed" in name else weight.shape[1] ** -0.5)
-        model.lm_head.weight[1] = (
-            0  # its end of text is far below the best: also a sampled text has its length
-        )
+        # Its end of text is far below the best, so that also a sampled text has its length.
+        model.lm_head.weight[1] = 0
     models.save(model, folder)
     rng = np.random.default_rng(0)
     layers = [

@@ -19,7 +19,7 @@ NAMES = (
     "response_schema_conformance",
 )
 FUZZ = settings(
-    max_examples=8,
+    max_examples=24,
     deadline=None,
     derandomize=True,
     database=None,
@@ -43,7 +43,7 @@ def schema(listen):
     with listen(max_new_tokens=2, max_new_tokens_limit=8) as endpoint:
         yield schemathesis.openapi.from_url(f"{endpoint.url}/openapi.json")
         assert endpoint.worker.in_flight == 0
-        assert len(endpoint.engine.seen) > 5  # some were completed; every new parameter draws others
+        assert len(endpoint.engine.seen) > 10  # some were completed
 
 
 def test_requests_after_the_openapi(schema):
